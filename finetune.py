@@ -1,0 +1,205 @@
+"""Fine-tune a causal language model with the severity-weighted loss.
+
+    python finetune.py                                              # embedded sample, small model, offline
+    python finetune.py --ckpt aragpt2-medium --data maqa.xlsx --classifier runs/classifier-001
+"""
+
+import argparse
+import json
+import math
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sevloss import InputError, annotate, check_positive, checkpoint, command, data, device, metrics, severity, terminal
+from sevloss.loss import linear_weighted_token_ce, severity_weights
+from sevloss.models import eos_ids, load_model, load_tokenizer, save_model
+from sevloss.models.tiny import tiny_gpt2
+
+VALIDATION_ROWS = 1000  # enough to choose the best step by; the test rows are evaluate.py's
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--ckpt", default="tiny", help="short name, hub id, folder or run; tiny: small, from scratch (default)")
+    group.add_argument("--data", default=data.SAMPLE, help=".jsonl, .csv, .tsv or .xlsx with complaints and responses")
+    group.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post response=Plan")
+    group.add_argument("--preprocess", choices=("auto", "arabert", "none"), default="auto", help="auto: as the checkpoint was trained")
+    group.add_argument("--max-length", type=int, default=512, help="most tokens of prompt and response together")
+    group = parser.add_argument_group("method")
+    group.add_argument("--weighting", default="balanced", help="none, mild, balanced, strong, or the three coefficients A,B,C")
+    group.add_argument("--normalise", choices=("example", "token"), default="example",
+                       help="example: the paper's mean over each response, then over examples; token: mean over tokens")
+    group.add_argument("--classifier", metavar="RUN", help="run of train_classifier.py that gives the severity probabilities")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=float, help="default 3; tiny: 10")
+    group.add_argument("--max-steps", type=int, help="optimizer steps instead of --epochs")
+    group.add_argument("--lr", type=float, help="peak learning rate; default 5e-5; tiny: 2e-3")
+    group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the learning rate rises")
+    group.add_argument("--batch-size", type=int, default=16, help="examples per optimizer step")
+    group.add_argument("--weight-decay", type=float, default=0.01)
+    group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of the matrix products; parameters stay fp32")
+    group.add_argument("--micro-tokens", type=int, default=4096, help="most tokens in memory at once; does not change the result")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
+    group.add_argument("--save-every", type=int, metavar="STEPS", help="validate and save this often; default once an epoch")
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out, with the arguments it began with")
+    args = parser.parse_args()
+    tiny = args.ckpt == "tiny"
+    args.epochs = args.epochs if args.epochs is not None else 10 if tiny else 3
+    args.lr = args.lr if args.lr is not None else 2e-3 if tiny else 5e-5
+    check_positive(args, "epochs", "max_steps", "max_length", "lr", "batch_size", "clip", "micro_tokens", "save_every",
+                   or_zero=("warmup", "weight_decay", "seed"))
+    return args
+
+
+def show_weights(weights, coefficients):
+    low, high = min(coefficients), max(coefficients)
+    print(f"severity weights of the {len(weights):,} training examples: mean {weights.mean():.3f}, sd {weights.std(correction=0):.3f}, "
+          f"from {weights.min():.3f} to {weights.max():.3f}")
+    if low == high:
+        return
+    print(terminal.histogram(weights.tolist(), low, high))
+    if weights.std(correction=0) < 0.05 * (high - low):
+        print("  Nearly all weights are the same: the probabilities hardly tell the classes apart, so the weighting will hardly act.")
+
+
+def learning_rate(step, steps, warmup):
+    """Factor on the peak: linear rise over the warm-up, linear decay to 0 at the end."""
+    rise = max(1, round(warmup * steps))
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+@command
+def main():
+    args = parse_arguments()
+    coefficients = severity.parse_weighting(args.weighting)
+    run = checkpoint.new_run(args.out, "finetune", args.resume)
+    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
+    print(compute)
+    device.seed_everything(args.seed)
+
+    # Table -> pairs -> splits
+    weighted = len(set(coefficients)) > 1
+    table, columns = args.data, data.parse_columns(args.columns)
+    if weighted and args.classifier:
+        table, columns = annotate.annotated(args.classifier, table, columns, compute), {}
+    needed = ("complaint", "response", "critical") if weighted else ("complaint", "response")
+    pairs = data.read_pairs(table, needed=needed, columns=columns)
+    fingerprint = data.fingerprint(pairs)
+    sides = data.split_pairs(pairs)
+    train, validation = sides["train"], sorted(sides["validation"], key=lambda p: data.fraction(p.complaint, "order"))[:VALIDATION_ROWS]
+    print(f"{len(train):,} pairs to train on, {len(validation):,} to validate on, {len(sides['test']):,} kept for evaluate.py")
+    if not train or not validation:
+        raise InputError(f"{args.data} has too few complaints to train and validate on")
+
+    # Model and tokenizer
+    if args.ckpt == "tiny":
+        preprocess = "none" if args.preprocess == "none" else "arabert"
+        texts = [data.prepare(t, preprocess) for p in train for t in (data.PROMPT.format(complaint=p.complaint), p.response)]
+        model, tokenizer = tiny_gpt2(texts)
+    else:
+        model, tokenizer = load_model(args.ckpt), load_tokenizer(args.ckpt)
+        preprocess = data.choose_preprocess(args.preprocess, args.ckpt, model.raw_config)
+    if not hasattr(model, "head_weight") or not eos_ids(model):
+        raise InputError(f"{args.ckpt} is no causal language model with an end-of-text token: nothing to fine-tune")
+    if tokenizer.get_vocab_size() > len(model.head_weight):
+        raise InputError(f"{args.ckpt}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {len(model.head_weight)}")
+    model.raw_config["sevloss"] = {"prompt": data.PROMPT, "preprocess": preprocess}
+    model.to(compute.device)
+    print(f"{args.ckpt}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(model.head_weight):,}, "
+          f"preprocessing {preprocess}")
+
+    # Severity -> one weight per example; with the normalisation folded in it is the weight of each of its tokens
+    probabilities = torch.tensor([p.probabilities or (0.0, 1.0, 0.0) for p in train])
+    weights = severity_weights(probabilities, coefficients)
+    show_weights(weights, coefficients)
+    max_length = min(args.max_length, model.config.context)
+    encoding = dict(max_length=max_length, eos_id=eos_ids(model)[0], preprocess=preprocess)
+    examples, held_out = data.encode_pairs(train, tokenizer, **encoding), data.encode_pairs(validation, tokenizer, **encoding)
+    token_weights = (weights / torch.from_numpy(examples.targets) if args.normalise == "example" else weights).float().to(compute.device)
+
+    # Optimizer; decay on matrices only
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=args.lr, fused=True)  # one kernel for all parameters; exists for CPU and CUDA
+    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
+    steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
+    save_every = args.save_every or steps_per_epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, args.warmup))
+    scaler = compute.grad_scaler()
+
+    progress = {"step": 0, "best": math.inf, "best_step": 0}
+    if args.resume:
+        checkpoint.check_resumed(run, "finetune.py", vars(args), fingerprint)
+        progress = checkpoint.load_state(run, model, optimizer, scaler, schedule)
+        checkpoint.keep_lines(run / "metrics.jsonl", progress["step"])
+        print(f"going on after step {progress['step']} of {steps}")
+    else:
+        checkpoint.write_run_json(run, "finetune.py", vars(args), coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT,
+                                  compute=str(compute), table=str(table), columns=columns, data_fingerprint=fingerprint, steps=steps)
+    metrics_file = open(run / "metrics.jsonl", "a", encoding="utf-8")
+    bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
+
+    # The loop
+    for step in range(progress["step"], steps):
+        model.train()
+        began = time.perf_counter()
+        epoch, position = divmod(step, steps_per_epoch)
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
+        chosen = order[position * args.batch_size:(position + 1) * args.batch_size]
+        supervised = int(examples.targets[chosen].sum())
+        denominator = len(chosen) if args.normalise == "example" else supervised  # of the whole step, known before any forward pass
+
+        total = torch.zeros((), device=compute.device)
+        for part in data.micro_batches(examples.inputs, chosen, args.micro_tokens):
+            batch = data.make_batch(examples, part, compute.device)
+            with compute.autocast():
+                hidden = model(batch.tokens, batch.lengths)  # (N, D)
+                loss = linear_weighted_token_ce(hidden[batch.supervised], model.head_weight, batch.targets,
+                                                token_weights[part][batch.example], denominator=denominator)
+            scaler.scale(loss).backward()  # gradients add up over micro-batches
+            total += loss.detach()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        lr = schedule.get_last_lr()[0]
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        total, grad_norm = torch.stack([total, grad_norm]).tolist()  # the step's one transfer from the device
+        if not math.isfinite(total):
+            raise InputError(f"the loss is {total} at step {step + 1}: lower --lr, or --resume from the last save with --dtype fp32")
+        seconds, tokens = time.perf_counter() - began, int(examples.inputs[chosen].sum())
+        metrics_file.write(json.dumps({"step": step + 1, "loss": total, "lr": lr, "grad_norm": grad_norm, "examples": len(chosen),
+                                       "tokens": tokens, "supervised_tokens": supervised, "seconds": round(seconds, 4)}) + "\n")
+        bar.set_postfix_str(f"loss {total:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+        bar.update()
+
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            score = metrics.per_token(metrics.response_nll(model, held_out, compute), held_out.targets)["nll"]  # unweighted, always
+            better = score < progress["best"]
+            if better:
+                progress |= {"best": score, "best_step": step + 1}
+                save_model(model, tokenizer, run / "best")
+            metrics_file.flush()
+            checkpoint.save_state(run, model, tokenizer, optimizer, scaler, schedule, {**progress, "step": step + 1})
+            bar.write(f"step {step + 1}: validation NLL {score:.4f} per token{' (best)' if better else ''}")
+    bar.close()
+
+    print(f"best validation NLL {progress['best']:.4f} at step {progress['best_step']}; "
+          f"peak memory {compute.peak_memory() / 2 ** 30:.2f} GiB")
+    print(f"wrote {run} (last step) and {run / 'best'}\nnext: python evaluate.py {run}")
+
+
+if __name__ == "__main__":
+    main()

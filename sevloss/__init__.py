@@ -1,0 +1,31 @@
+"""Severity-aware fine-tuning for Arabic medical text generation, in plain PyTorch."""
+
+import functools
+import sys
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what was found, and what to do."""
+
+
+def check_positive(args, *names, or_zero=()):
+    """InputError unless the arguments `names` are above 0, and those of `or_zero` at least 0; None passes."""
+    for name in (*names, *or_zero):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 or (value == 0 and name in or_zero)):
+            raise InputError(f"--{name.replace('_', '-')} must be {'at least 0' if name in or_zero else 'positive'}, not {value}")
+
+
+def command(main):
+    """Decorates a script's main(): an InputError becomes one line and exit code 2, Ctrl-C one line and exit code 130."""
+    @functools.wraps(main)
+    def run():
+        try:
+            main()
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("\nstopped by Ctrl-C; what was saved before stays", file=sys.stderr)
+            sys.exit(130)
+    return run

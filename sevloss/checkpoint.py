@@ -1,0 +1,110 @@
+"""Training state and run folders: numbered, never overwritten by accident, written so that a reader never sees half a file."""
+
+import json
+import os
+import platform
+import random
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sevloss import InputError, hub
+from sevloss.models import save_model
+
+
+def new_run(out, kind, resume):
+    """The run folder: `out` as given, or runs/<kind>-001 and so on. A folder that is not empty is refused without --resume."""
+    if out is None:
+        if resume:
+            raise InputError("--resume needs the run folder: --out RUN")
+        taken = [int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{kind}-*") if p.name.rpartition("-")[2].isdigit()]
+        out = Path("runs") / f"{kind}-{max(taken, default=0) + 1:03d}"
+    out = Path(out)
+    if resume and not (out / "run.json").is_file():
+        raise InputError(f"--resume: {out} holds no run")
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty: give another --out, or --resume to go on with it")
+    return out
+
+
+def write_atomically(path, write):
+    """write(temporary path), then a rename: the file is the old one or the new one, never half of it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_atomically(path, lambda p: p.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8"))
+
+
+def write_run_json(run, script, arguments, **facts):
+    """Makes the folder with run.json: what was asked (paths as typed), which versions ran, what the data was."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "run.json", {
+        "script": script, "arguments": arguments, **facts,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "tokenizers", "safetensors", "numpy")}},
+    })
+
+
+def check_resumed(run, script, arguments, fingerprint, free=("resume", "out", "save_every", "device", "dtype", "micro_tokens")):
+    """Resuming must be the same run: the arguments that shape it and the data may not have changed."""
+    before = hub.read_json(run / "run.json")
+    if before.get("script") != script:
+        raise InputError(f"--resume: {run} is no run of {script}")
+    changed = [f"--{name.replace('_', '-')} was {before['arguments'].get(name)}, is {value}" for name, value in arguments.items()
+               if name not in free and before["arguments"].get(name) != value]
+    if changed:
+        raise InputError(f"--resume goes on with the same run; changed: {'; '.join(changed)}")
+    if before["data_fingerprint"] != fingerprint:
+        raise InputError(f"--resume: the data of {run} has changed since it began; start a new run")
+
+
+def save_state(run, model, tokenizer, optimizer, scaler, schedule, progress):
+    """The last step's model at the top of the run, and state/training.pt with all that going on needs, random generators included."""
+    (run / "state").mkdir(exist_ok=True)
+    state = {
+        "progress": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+        "schedule": schedule.state_dict(), "python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    save_model(model, tokenizer, run)  # first: a stop in between is made good by going on from the state before
+    write_atomically(run / "state" / "training.pt", lambda path: torch.save(state, path))
+
+
+def load_state(run, model, optimizer, scaler, schedule):
+    """Undoes save_state on freshly built objects; returns `progress`."""
+    path = run / "state" / "training.pt"
+    if not path.is_file():
+        raise InputError(f"--resume: {run} was stopped before its first save; start it again in a new folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=False)  # our own file: it holds Python's and numpy's generators
+    except Exception as error:  # what broken files raise has no common class
+        raise InputError(f"--resume: {path} is broken; start again in a new folder, from {run} or its best/ as --ckpt") from error
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"]:  # empty where there was nothing to scale
+        scaler.load_state_dict(state["scaler"])
+    schedule.load_state_dict(state["schedule"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    return state["progress"]
+
+
+def keep_lines(path, count):
+    """Cuts a file of lines to its first `count`: what a stopped run wrote after its last save is written again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if path.is_file() else []
+    if len(lines) < count:
+        raise InputError(f"--resume: {path} has lost lines of the {count} before the last save; start again in a new folder")
+    write_atomically(path, lambda p: p.write_text("".join(lines), encoding="utf-8"))
+
+
+def write_lines(path, lines):
+    text = "".join(line + "\n" for line in lines)
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))

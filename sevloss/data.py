@@ -1,0 +1,412 @@
+"""Tables -> pairs -> token ids -> batches; and the three splits. Data flows downwards through this file."""
+
+import csv
+import hashlib
+import json
+import os
+import unicodedata
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from python_calamine import CalamineError, CalamineWorkbook
+
+from sevloss import InputError, arabic
+
+PROMPT = "\n{complaint}\n\nالاجابة:\n"
+SAMPLE = os.path.relpath(Path(__file__).resolve().parent.parent / "data" / "sample.jsonl")
+SPLITS = (("train", 0.8), ("validation", 0.9), ("test", 1.0))  # upper ends on [0, 1)
+
+# What a column is called, role by role; case, spaces, hyphens and underscores do not count.
+COLUMN_NAMES = {
+    "complaint": ("question", "q_body", "complaint", "post", "السؤال", "الشكوى"),
+    "response": ("answer", "a_body", "response", "plan", "الإجابة", "الاجابة", "الرد"),
+    "severity": ("severity", "الخطورة", "درجة الخطورة"),
+    "non_critical": ("non_critical", "p_non_critical", "p_nc", "غير حرج"),
+    "neutral": ("neutral", "p_neutral", "p_n", "متوسط"),
+    "critical": ("critical", "p_critical", "p_c", "حرج"),
+    "specialty": ("specialty", "category", "type", "التخصص"),
+}
+PROBABILITIES = ("non_critical", "neutral", "critical")
+LABELS = {"noncritical": 0, "neutral": 1, "critical": 2, "غيرحرج": 0, "متوسط": 1, "حرج": 2}  # as _plain spells them
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------------
+
+def read_rows(path):
+    """Yields (row number as a spreadsheet or editor shows it, {column: text}) of a .jsonl, .csv, .tsv or .xlsx file.
+
+    A row with more cells than the header comes as None. Raises InputError where the file cannot be read.
+    """
+    path = Path(path)
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv, ".xlsx": _read_xlsx}
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix.lower() not in readers:
+        raise InputError(f"{path}: a table is one of {', '.join(readers)}, not {path.suffix or 'a file without an ending'}")
+    try:
+        yield from readers[path.suffix.lower()](path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start} of a block is 0x{error.object[error.start]:02x}): "
+                         f"save it as UTF-8, e.g. iconv -f WINDOWS-1256 -t UTF-8") from error
+
+
+def count_rows(path):
+    """About how many rows a table has, without parsing it: for progress bars."""
+    path = Path(path)
+    if path.suffix.lower() == ".xlsx":
+        return CalamineWorkbook.from_path(path).get_sheet_by_index(0).total_height - 1
+    with open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2 ** 20), b"")) - (path.suffix.lower() != ".jsonl")
+
+
+def _read_jsonl(path):
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number} is not a JSON object")
+            yield number, {key: _text(value) for key, value in row.items()}
+
+
+def _read_csv(path):
+    csv.field_size_limit(2 ** 31 - 1)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            start = reader.line_num + 1
+            for cells in reader:
+                cells = [cell.strip() for cell in cells]
+                if any(cells):
+                    yield start, _row(header, cells)
+                start = reader.line_num + 1
+        except csv.Error as error:
+            raise InputError(f"{path}, near line {reader.line_num}: {error}; quote marks inside a cell must be doubled") from error
+
+
+def _read_xlsx(path):
+    try:
+        rows = CalamineWorkbook.from_path(path).get_sheet_by_index(0).iter_rows()
+        header = [_text(cell) for cell in next(rows, [])]
+        for number, cells in enumerate(rows, 2):
+            cells = [_text(cell) for cell in cells]
+            if any(cells):
+                yield number, _row(header, cells)
+    except (CalamineError, OSError, IndexError) as error:
+        raise InputError(f"{path} cannot be read as an Excel workbook: {str(error).splitlines()[0]}") from error
+
+
+def _row(header, cells):
+    return None if any(cells[len(header):]) else dict(zip(header, chain(cells, [""] * len(header))))
+
+
+def _text(value):
+    if isinstance(value, float) and value.is_integer():  # a spreadsheet's 3 is 3.0
+        value = int(value)
+    return "" if value is None else str(value).encode("utf-8", "replace").decode().strip()  # half an emoji ("\ud83d" in .jsonl) is no text
+
+
+def find_columns(path, columns, given, needed):
+    """{role: column}. given: {role: column} from the command line; needed: roles that must be there."""
+    for role, name in given.items():
+        if role not in COLUMN_NAMES:
+            raise InputError(f"--columns {role}=...: a role is one of {', '.join(COLUMN_NAMES)}")
+        if name not in columns:
+            raise InputError(f"{path} has no column {name!r}; it has {', '.join(columns)}")
+    by_name = {_plain(name): name for name in reversed(columns)}
+    found = dict(given)
+    for role, names in COLUMN_NAMES.items():
+        match = next((by_name[_plain(name)] for name in names if _plain(name) in by_name), None)
+        if role not in found and match:
+            found[role] = match
+    if "critical" in needed and not set(PROBABILITIES) & set(found):
+        raise InputError(f"{path} has no severity probabilities: give --classifier RUN, or --weighting none, or name their columns: "
+                         f"--columns {' '.join(f'{role}=COLUMN' for role in PROBABILITIES)}")
+    for role in needed:
+        if role not in found:
+            raise InputError(f"{path} has no column for the {role}; it has {', '.join(columns)}. Name one: --columns {role}=COLUMN")
+    if 0 < len(set(PROBABILITIES) & set(found)) < 3:
+        raise InputError(f"{path} has some but not all of the columns {', '.join(PROBABILITIES)}")
+    return found
+
+
+def _plain(name):
+    """What two spellings of a column or class name have in common."""
+    return "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c not in " -_")
+
+
+def parse_columns(words):
+    """["complaint=Post", ...] from the command line -> {"complaint": "Post", ...}"""
+    pairs = [word.partition("=") for word in words]
+    if bad := [role for role, equals, name in pairs if not (equals and name)]:
+        raise InputError(f"--columns takes ROLE=COLUMN, not {bad[0]!r}")
+    return {role: name for role, _, name in pairs}
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Pair:
+    row: int  # in the table
+    complaint: str
+    response: str
+    severity: int | None  # index into severity.CLASSES
+    probabilities: tuple | None  # (non-critical, neutral, critical)
+    specialty: str
+    others: dict  # the table's other columns, as text: the same ones in every row
+
+
+class Skipped:
+    """Rows that could not be used, by reason."""
+
+    def __init__(self):
+        self.rows = defaultdict(list)
+
+    def add(self, reason, row):
+        self.rows[reason].append(row)
+
+    def __str__(self):
+        parts = [f"{len(rows):,} {reason} (row {', '.join(map(str, rows[:5]))}{', ...' if len(rows) > 5 else ''})"
+                 for reason, rows in sorted(self.rows.items(), key=lambda item: -len(item[1]))]
+        return f"left out {sum(map(len, self.rows.values())):,} rows: " + "; ".join(parts)
+
+
+def iterate_pairs(path, *, needed, columns=None, skipped):
+    """Yields a Pair per usable row; the others go into `skipped`. needed: roles that a row must have."""
+    rows = read_rows(path)
+    first = list(islice(rows, 1000))  # a .jsonl row may lack a field that others have
+    names = list(dict.fromkeys(name for _, row in first if row for name in row))
+    if not first:
+        raise InputError(f"{path} has no rows")
+    if not names:
+        raise InputError(f"{path}: all rows have more cells than the header")
+    found = find_columns(path, names, columns or {}, needed)
+    print(f"{path}: " + ", ".join(f"{role} = {name!r}" for role, name in found.items()))
+    used = {name for role, name in found.items() if role != "specialty"}
+    others = [name for name in names if name not in used]
+    for number, row in chain(first, rows):
+        try:
+            yield _pair(number, row, found, needed, others)
+        except ValueError as reason:
+            skipped.add(str(reason), number)
+
+
+def _pair(number, row, found, needed, others):
+    if row is None:
+        raise ValueError("with more cells than the header")
+    value = {role: row.get(name, "") for role, name in found.items()}
+    for role in ("complaint", "response"):
+        if role in needed and not value[role]:
+            raise ValueError(f"without a {role}")
+    label, probabilities = None, None
+    if value.get("severity"):
+        label = LABELS.get(_plain(value["severity"]))
+        if label is None:
+            raise ValueError("with a severity other than non-critical, neutral, critical")
+    elif "severity" in needed:
+        raise ValueError("without a severity")
+    if "critical" in found and any(value[name] for name in PROBABILITIES):
+        try:
+            probabilities = tuple(float(value[name]) for name in PROBABILITIES)
+        except ValueError:
+            raise ValueError("with a probability that is no number") from None
+        if not all(p >= 0 for p in probabilities):  # NaN fails too
+            raise ValueError("with a probability that is negative or NaN")
+        if abs(sum(probabilities) - 1) > 0.02:  # three values rounded to two decimals may miss 1 by 0.015
+            raise ValueError("with probabilities that do not sum to 1")
+        probabilities = tuple(p / sum(probabilities) for p in probabilities)
+    elif "critical" in needed:
+        raise ValueError("without probabilities")
+    return Pair(number, value["complaint"], value.get("response", ""), label, probabilities, value.get("specialty", ""),
+                {name: row.get(name, "") for name in others})
+
+
+def read_pairs(path, *, needed, columns=None):
+    """All usable pairs of a table as a list. Prints which columns were found and what was left out, by reason."""
+    skipped = Skipped()
+    pairs = list(iterate_pairs(path, needed=needed, columns=columns, skipped=skipped))
+    if skipped.rows:
+        print(f"  {skipped}")
+    if not pairs:
+        raise InputError(f"{path}: no usable row; {skipped}")
+    return pairs
+
+
+# --- splits ---------------------------------------------------------------------------------------------------------------
+
+def normalised(complaint):
+    """Equal for complaints that differ only in diacritics, tatweel, punctuation, case or white space."""
+    text = unicodedata.normalize("NFKC", complaint).casefold().replace("\u0640", "")
+    return " ".join("".join(c if unicodedata.category(c)[0] in "LN" else " " for c in text
+                            if not unicodedata.combining(c)).split()) or complaint
+
+
+def fraction(complaint, salt=""):
+    """A number in [0, 1) that depends on the normalised complaint (and `salt`) alone, the same on every machine."""
+    digest = hashlib.blake2b((salt + normalised(complaint)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2 ** 64
+
+
+def key(complaint):
+    """A short name of the normalised complaint."""
+    return hashlib.blake2b(normalised(complaint).encode(), digest_size=8).hexdigest()
+
+
+def split_of(complaint):
+    """'train', 'validation' or 'test': 80, 10 and 10 in a hundred. No complaint stands on two sides."""
+    position = fraction(complaint)
+    return next(name for name, end in SPLITS if position < end)
+
+
+def split_pairs(pairs):
+    """{'train': [...], 'validation': [...], 'test': [...]}"""
+    sides = {name: [] for name, _ in SPLITS}
+    for pair in pairs:
+        sides[split_of(pair.complaint)].append(pair)
+    return sides
+
+
+def fingerprint(pairs):
+    """Changes when any text, label or probability that training reads does."""
+    digest = hashlib.blake2b(digest_size=8)
+    for pair in pairs:
+        digest.update(repr((pair.complaint, pair.response, pair.severity, pair.probabilities)).encode())
+    return digest.hexdigest()
+
+
+# --- token ids ------------------------------------------------------------------------------------------------------------
+
+def choose_preprocess(choice, ckpt, raw_config):
+    """auto|arabert|none -> arabert|none. auto: as stored in a run folder, else arabert for the checkpoints trained with it."""
+    if choice != "auto":
+        return choice
+    stored = raw_config.get("sevloss", {}).get("preprocess")
+    names = (str(ckpt) + " " + str(raw_config.get("_name_or_path", ""))).lower()
+    return stored or ("arabert" if "arabert" in names or "aragpt2" in names else "none")
+
+
+def prepare(text, preprocess):
+    """Text as the checkpoint saw its own in pre-training."""
+    return arabic.preprocess(text) if preprocess == "arabert" else text
+
+
+def encode(tokenizer, texts, *, special):
+    """List of id lists. Words like '</s>' in a text stay text. special: with the tokenizer's own BOS, CLS or SEP."""
+    tokenizer.encode_special_tokens = True
+    ids = []
+    for start in range(0, len(texts), 1024):
+        ids += [e.ids for e in tokenizer.encode_batch(texts[start:start + 1024], add_special_tokens=special)]
+    return ids
+
+
+def encode_prompts(tokenizer, complaints, limit):
+    """Ids of PROMPT for each complaint (limit: the most ids, a number or one each); a complaint that is too long loses its end,
+    never the words after it. Returns (list of id lists, number of complaints cut)."""
+    limits = [limit] * len(complaints) if isinstance(limit, int) else limit
+    ids = encode(tokenizer, [PROMPT.format(complaint=c) for c in complaints], special=True)
+    cut = 0
+    for i, most in enumerate(limits):
+        keep = len(ids[i])
+        cut += keep > most
+        while len(ids[i]) > most:
+            keep -= max(1, len(ids[i]) - most)
+            offsets = tokenizer.encode(complaints[i], add_special_tokens=False).offsets
+            if keep < 1 or not offsets:
+                raise InputError(f"{most} tokens are too few for a prompt: raise --max-length")
+            shorter = complaints[i][:offsets[min(keep, len(offsets)) - 1][1]]
+            ids[i] = tokenizer.encode(PROMPT.format(complaint=shorter)).ids
+    return ids, cut
+
+
+@dataclass
+class Examples:
+    """Encoded examples, end to end in one array. Example i is ids[starts[i]:starts[i + 1]]; its targets begin at
+    position first_target[i] of it (all of the response and EOS)."""
+    ids: np.ndarray  # (total,) int32
+    starts: np.ndarray  # (n + 1,) int64
+    first_target: np.ndarray  # (n,) int64
+
+    def __len__(self):
+        return len(self.first_target)
+
+    @property
+    def inputs(self):
+        """(n,) tokens that each example feeds: the last is only ever a target."""
+        return np.diff(self.starts) - 1
+
+    @property
+    def targets(self):
+        """(n,) supervised tokens of each example, the L of the paper."""
+        return np.diff(self.starts) - self.first_target
+
+
+def encode_pairs(pairs, tokenizer, *, max_length, eos_id, preprocess):
+    """PROMPT and response encoded apart and joined, then EOS, at most max_length ids. Prints what was cut.
+
+    Where a pair is too long, the prompt keeps at least half of max_length; a response that is cut has no EOS.
+    """
+    responses = encode(tokenizer, [prepare(p.response, preprocess) for p in pairs], special=False)
+    limits = [max(max_length // 2, max_length - len(r) - 1) for r in responses]
+    prompts, cut_prompts = encode_prompts(tokenizer, [prepare(p.complaint, preprocess) for p in pairs], limits)
+    joined = [prompt + (response + [eos_id])[:max_length - len(prompt)] for prompt, response in zip(prompts, responses)]
+    cut_responses = sum(len(p) + len(r) + 1 > max_length for p, r in zip(prompts, responses))
+    if cut_prompts or cut_responses:
+        print(f"  of {len(pairs):,} pairs {cut_prompts:,} complaints and {cut_responses:,} responses were cut to fit {max_length} tokens")
+    starts = np.cumsum([0] + [len(ids) for ids in joined])
+    ids = np.fromiter(chain.from_iterable(joined), np.int32, starts[-1])
+    return Examples(ids, starts, np.array([len(prompt) for prompt in prompts], np.int64))
+
+
+# --- batches --------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor  # (N,) whole documents, one after the other
+    lengths: list  # of the documents
+    supervised: torch.Tensor  # (S,) positions in the stream whose next token is a target
+    targets: torch.Tensor  # (S,)
+    example: torch.Tensor  # (S,) which document of the batch a target belongs to
+
+
+def make_batch(examples, indices, device="cpu"):
+    """The examples `indices` as one stream."""
+    inputs, first = examples.inputs[indices], examples.first_target[indices]
+    begins = np.cumsum(inputs) - inputs
+    tokens = np.concatenate([examples.ids[s:s + n] for s, n in zip(examples.starts[indices], inputs)])
+    supervised = np.concatenate([np.arange(b + f - 1, b + n) for b, f, n in zip(begins, first, inputs)])
+    targets = np.concatenate([examples.ids[s + f:e] for s, f, e in
+                              zip(examples.starts[indices], first, examples.starts[np.asarray(indices) + 1])])
+    example = np.repeat(np.arange(len(first)), examples.targets[indices])
+
+    def tensor(array):
+        tensor = torch.from_numpy(array.astype(np.int64))
+        return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+    return Batch(tensor(tokens), inputs.tolist(), tensor(supervised), tensor(targets), tensor(example))
+
+
+def micro_batches(lengths, indices, most_tokens):
+    """Cuts `indices` into lists of at most `most_tokens` tokens (or a single longer document), sorted by length, so that
+    documents of equal length are neighbours."""
+    parts, size = [], 0
+    for i in sorted(indices, key=lambda i: lengths[i]):
+        if not parts or size + lengths[i] > most_tokens:
+            parts.append([])
+            size = 0
+        parts[-1].append(int(i))
+        size += lengths[i]
+    return parts
+
+
+def stream(id_lists, device="cpu"):
+    """List of id lists -> tokens (N,), lengths."""
+    tokens = torch.tensor(list(chain.from_iterable(id_lists)), dtype=torch.int64)
+    return tokens.to(device), [len(ids) for ids in id_lists]

@@ -1,0 +1,76 @@
+"""Which device, which numbers: decided here once, printed with the reason."""
+
+import contextlib
+import random
+import resource
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sevloss import InputError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Compute:
+    device: torch.device
+    dtype: torch.dtype  # of the GEMMs; parameters, norms, softmax and loss stay fp32
+    reason: str
+
+    def autocast(self):
+        """Context for forward passes: matrix products in `dtype`."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def grad_scaler(self):
+        """fp16 gradients underflow: scale the loss up, unscale before clipping, skip steps that overflowed."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def peak_memory(self):
+        """Bytes: CUDA's peak allocation, or the process's peak resident size."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def __str__(self):
+        name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return f"device {self.device}, {name}: {self.reason}"
+
+
+def choose(device="auto", dtype="auto", *, small=False):
+    """device: auto|cpu|cuda|cuda:N, dtype: auto|fp32|bf16|fp16 -> Compute. small: a model too small to gain from 16 bits."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device is auto, cpu, cuda or cuda:N, not {device!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device is auto, cpu, cuda or cuda:N, not {str(device)!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what stays fp32 uses tensor cores
+    if dtype != "auto":
+        return Compute(device, DTYPES[dtype], "as asked")
+    if small:
+        return Compute(device, torch.float32, "the model is too small to gain from 16 bits")
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return Compute(device, torch.bfloat16, "this GPU multiplies bf16 in hardware; its range needs no GradScaler")
+        return Compute(device, torch.float16, "this GPU has fp16 but no bf16 tensor cores; a GradScaler keeps gradients in range")
+    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        return Compute(device, torch.bfloat16, "this processor multiplies bf16 in hardware")
+    return Compute(device, torch.float32, "this processor has no bf16 instructions")
+
+
+def seed_everything(seed):
+    """Python, numpy and torch on all devices."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

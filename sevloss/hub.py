@@ -1,0 +1,153 @@
+"""From a name to files: short names, downloads, and reading weights. Nothing from a checkpoint is executed."""
+
+import json
+import pickle
+import re
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import safe_open
+
+from sevloss import InputError
+
+SHORT_NAMES = {
+    "aragpt2-base": "aubmindlab/aragpt2-base",
+    "aragpt2-medium": "aubmindlab/aragpt2-medium",
+    "aragpt2-large": "aubmindlab/aragpt2-large",
+    "aragpt2-mega": "aubmindlab/aragpt2-mega",
+    "gpt2-small-arabic": "akhooli/gpt2-small-arabic",
+    "dialect-ar-gpt-2021": "monsoon-nlp/dialect-ar-gpt-2021",
+    "bloomz-560m": "bigscience/bloomz-560m",
+    "al-atlas-0.5b": "atlasia/Al-Atlas-0.5B",
+    "lfm2-350m": "LiquidAI/LFM2-350M",
+    "lfm2-700m": "LiquidAI/LFM2-700M",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "arabertv02": "aubmindlab/bert-base-arabertv02",
+    "arabertv2": "aubmindlab/bert-base-arabertv2",
+    "bert-base-multilingual-cased": "google-bert/bert-base-multilingual-cased",
+}
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json",)
+
+
+def local_folder(ckpt) -> Path:
+    """A folder, a short name or a hub id (owner/name) -> a local folder with config.json; weights and tokenizer come on demand.
+
+    Downloads go through huggingface_hub: its cache (HF_HOME), its server (HF_ENDPOINT), its offline switch (HF_HUB_OFFLINE=1).
+    """
+    if Path(ckpt).is_dir():
+        if not (Path(ckpt) / "config.json").is_file():
+            raise InputError(f"the folder {ckpt} has no config.json, so it is no checkpoint")
+        return Path(ckpt)
+    return _download(ckpt, "config.json").parent
+
+
+def find_file(ckpt, names) -> Path:
+    """The first of `names` that the checkpoint has, downloaded if need be."""
+    for name in names:
+        if Path(ckpt).is_dir():
+            if (Path(ckpt) / name).is_file():
+                return Path(ckpt) / name
+        else:
+            try:
+                return _download(ckpt, name)
+            except FileNotFoundError:
+                continue
+            except Unreachable:  # nobody says which of them there are: one that was downloaded before will do
+                for other in names:
+                    if isinstance(cached := try_to_load_from_cache(_repository(ckpt), other), str):
+                        return Path(cached)
+                raise
+    raise InputError(f"the checkpoint {ckpt} has none of {', '.join(names)}")
+
+
+class Unreachable(InputError):
+    """The hub cannot be asked, and the file is not in the cache."""
+
+
+def _repository(ckpt) -> str:
+    return SHORT_NAMES.get(str(ckpt).lower(), str(ckpt))
+
+
+def _download(ckpt, name) -> Path:
+    repository = _repository(ckpt)
+    if "/" not in repository or Path(repository).is_absolute() or repository.startswith("."):
+        raise InputError(f"{ckpt} is neither a folder, nor a hub id like owner/name, nor one of {', '.join(SHORT_NAMES)}")
+    try:
+        return Path(hf_hub_download(repository, name))
+    except LocalEntryNotFoundError as error:
+        raise Unreachable(f"{repository} is not in the local cache and the hub cannot be reached: "
+                          "connect once, or give a folder") from error
+    except GatedRepoError as error:
+        raise InputError(f"{repository} is gated: accept its terms on the hub, then run `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"there is no folder {ckpt}, and the hub has no repository {repository} "
+                         "(or it is private: run `hf auth login`)") from error
+    except EntryNotFoundError as error:
+        if name == "config.json":
+            raise InputError(f"{repository} has no config.json, so it is no checkpoint") from error
+        raise FileNotFoundError(name) from error
+    except HFValidationError as error:
+        raise InputError(f"{ckpt} is neither a folder nor a valid hub id") from error
+    except (HTTPError, OSError) as error:
+        raise InputError(f"downloading {name} of {repository} failed: {_first_line(error)}") from error
+
+
+def read_json(path) -> dict:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} cannot be read as JSON of names and values: it holds a {type(content).__name__}")
+    return content
+
+
+def stored_tensors(ckpt) -> dict:
+    """Name -> function that reads that tensor. Files are mapped, not copied, so tensors arrive one at a time."""
+    path = find_file(ckpt, WEIGHTS)
+    if not path.name.endswith(".index.json"):
+        return _open(path)
+    tensors, index = {}, read_json(path)
+    if not isinstance(index.get("weight_map"), dict):
+        raise InputError(f"{path} has no weight_map, so it does not say where the tensors are")
+    for shard in sorted(set(index["weight_map"].values())):
+        if Path(shard).name != shard:  # an index may not point outside its folder
+            raise InputError(f"{path} names a shard outside its folder: {shard}")
+        tensors |= _open(find_file(ckpt, (shard,)))
+    return tensors
+
+
+def _open(path) -> dict:
+    refusal = f"{path} holds more than tensors and is not loaded: get the checkpoint as .safetensors"
+    try:
+        if path.suffix == ".safetensors":
+            file = safe_open(path, framework="pt")
+            return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        # weights_only: an unpickler that makes tensors and nothing else. Files from before torch 1.6 are no zip and cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:  # torch's own message explains how to run the code
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise InputError(f"{refusal} (this one runs {found[1]})" if found else refusal) from error
+    except Exception as error:  # what broken files raise has no common class
+        raise InputError(f"{path} is broken or not finished downloading: {_first_line(error).split('. ')[0]}; "
+                         "delete it and get it again") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise InputError(refusal)
+    return {name: partial(lambda tensor: tensor, tensor) for name, tensor in state.items()}
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,143 @@
+"""Checkpoints in and out: load_model, load_tokenizer, save_model; and small models from scratch."""
+
+import json
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from sevloss import InputError, hub
+from sevloss.models.bert import Bert
+from sevloss.models.gpt2 import GPT2
+
+FAMILIES = {"gpt2": GPT2, "aragpt2": GPT2, "bert": Bert}
+
+
+def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
+    """A short name, hub id or folder -> nn.Module in eval mode, with .config (sizes) and .raw_config (config.json as a dict).
+
+    num_labels: for encoders, a classification head with that many classes; initialised where the checkpoint has none.
+    Raises InputError for whatever does not fit: unknown model_type, missing, surplus or misshapen tensors, broken files.
+    """
+    raw = hub.read_json(hub.local_folder(ckpt) / "config.json")
+    if raw.get("model_type") not in FAMILIES:
+        raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are {', '.join(FAMILIES)}")
+    family = FAMILIES[raw["model_type"]]
+    stored = hub.stored_tensors(ckpt)
+    if num_labels:
+        raw = {**raw, "num_labels": num_labels}
+    model = build(family, family.adapt(raw, stored))
+    expected = model.state_dict()
+    tied = model.config.tie_word_embeddings if hasattr(model, "head_weight") else False
+
+    state, surplus = {}, []
+    for stored_name, read in stored.items():
+        name = stored_name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name not in expected and family.prefix + name in expected:
+            name = family.prefix + name
+        if name in expected:
+            tensor = read()
+            if tensor.shape != expected[name].shape:
+                if name.startswith("classifier.") and num_labels:  # a head for other classes: start afresh
+                    continue
+                raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, "
+                                 f"config.json asks for {tuple(expected[name].shape)}")
+            state[name] = tensor.to(device=device, dtype=dtype, copy=True)  # a copy: files are mapped
+        elif not (re.search(family.unused, name) or (tied and name == "lm_head.weight")):
+            surplus.append(stored_name)
+    missing = [name for name in expected if name not in state]
+    if surplus:
+        raise InputError(f"{ckpt} holds {len(surplus)} tensors that a {raw['model_type']} of its config.json has no place for: "
+                         f"{_some(surplus)}")
+    if fatal := [name for name in missing if not name.startswith(family.may_be_missing or ("\0",))]:
+        raise InputError(f"{ckpt} lacks {len(fatal)} tensors that a {raw['model_type']} of its config.json needs: {_some(fatal)}")
+    if missing:
+        print(f"initialised, not in the checkpoint: {_some(missing)}")
+        state |= {name: initial(name, expected[name].shape).to(device=device, dtype=dtype) for name in missing}
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def build(family, raw):
+    """The module on the meta device: shapes and no memory. raw: what config.json says."""
+    known = {field.name for field in fields(family.Config)}
+    try:
+        config = family.Config(**{key: value for key, value in raw.items() if key in known})
+    except TypeError as error:
+        raise InputError(f"config.json of a {raw['model_type']} is incomplete: {error}") from error
+    with torch.device("meta"):
+        model = family(config)
+    model.raw_config = {key: value for key, value in raw.items() if key not in ("num_labels", "pooler")}
+    return model
+
+
+def from_scratch(raw):
+    """A model with random weights from the global generator. raw: what its config.json would say."""
+    family = FAMILIES[raw["model_type"]]
+    model = build(family, raw)
+    model.load_state_dict({name: initial(name, t.shape) for name, t in model.state_dict().items()}, assign=True)
+    return model.eval()
+
+
+def initial(name, shape):
+    """What GPT-2 and BERT start from: normal(0, 0.02), biases 0, norms 1."""
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    return torch.randn(shape) * 0.02
+
+
+def load_tokenizer(ckpt) -> Tokenizer:
+    """The checkpoint's tokenizer.json; padding and truncation that it may have fixed are switched off."""
+    path = hub.find_file(ckpt, hub.TOKENIZERS)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the binding raises plain Exception
+        raise InputError(f"{path} cannot be read as a tokenizer: {str(error).splitlines()[0]}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def save_model(model, tokenizer, folder):
+    """Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json, which `transformers` opens too."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    raw = {key: value for key, value in model.raw_config.items() if key != "torch_dtype"}
+    raw |= {"architectures": [model.architecture], "dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
+    if getattr(model.config, "num_labels", 0) and len(raw.get("id2label", {})) != model.config.num_labels:
+        raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.config.num_labels)}
+        raw["label2id"] = {name: int(i) for i, name in raw["id2label"].items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw, indent=1, ensure_ascii=False), encoding="utf-8")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody but the owner read
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    # Without this file transformers picks a class by model_type and, for GPT-2, loses the prefix space.
+    eos = eos_ids(model)
+    special = {"eos_token": tokenizer.id_to_token(eos[0]), "pad_token": tokenizer.id_to_token(eos[0])} if eos else {}
+    for name in ("bos_token_id", "pad_token_id"):
+        if isinstance(raw.get(name), int):
+            special[name.removesuffix("_id")] = tokenizer.id_to_token(raw[name])
+    if hasattr(model, "classify"):
+        special |= {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "mask", "pad", "unk")
+                    if tokenizer.token_to_id(f"[{name.upper()}]") is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context,
+         **{name: token for name, token in special.items() if token is not None}}, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def eos_ids(model):
+    """The ids that end a text, as config.json gives them; () for an encoder."""
+    ids = getattr(model.config, "eos_token_id", None)
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _some(names):
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

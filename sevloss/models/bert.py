@@ -1,0 +1,147 @@
+"""BERT: an encoder, with a classification head where asked for. Names are those of the checkpoints.
+
+Source: Devlin et al. 2019. Embeddings are word + token type 0 + position, then LayerNorm; blocks have their norms last.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sevloss import InputError
+from sevloss.models.layout import Documents
+
+
+@dataclass
+class BertConfig:
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    position_embedding_type: str = "absolute"
+    model_type: str = "bert"
+    pooler: bool = False  # these two are not in config.json: what the checkpoint holds, or the caller asks for
+    num_labels: int = 0
+
+    @property
+    def context(self):
+        return self.max_position_embeddings
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, tokens, positions):
+        h = self.word_embeddings(tokens) + self.token_type_embeddings.weight[0] + self.position_embeddings(positions)
+        return self.dropout(self.LayerNorm(h))  # (N, D)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
+        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+
+    def forward(self, x, layout, layer):
+        q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.query, self.key, self.value))  # (N, H, d)
+        return layout.attend(q, k, v, layer, dropout=self.dropout if self.training else 0.0).flatten(1)  # (N, D)
+
+
+class Output(nn.Module):
+    """dense, dropout, residual, norm: closes both halves of a block."""
+
+    def __init__(self, config, inputs):
+        super().__init__()
+        self.dense = nn.Linear(inputs, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x, residual):
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": Output(config, config.hidden_size)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.output = Output(config, config.intermediate_size)
+
+    def forward(self, h, layout, layer):
+        h = self.attention["output"](self.attention["self"](h, layout, layer), h)
+        return self.output(F.gelu(self.intermediate["dense"](h)), h)
+
+
+class Bert(nn.Module):
+    """tokens (N,), lengths -> hidden states (N, D) after the last block."""
+
+    prefix = "bert."
+    may_be_missing = ("bert.pooler.", "classifier.")  # initialised then
+    unused = r"^cls\.|embeddings\.position_ids$"
+    Config = BertConfig
+
+    def __init__(self, config):
+        super().__init__()
+        if config.hidden_act != "gelu" or config.position_embedding_type != "absolute":
+            raise InputError(f"only BERT with gelu and absolute positions is known; config.json says {config.hidden_act!r} "
+                             f"and {config.position_embedding_type!r}")
+        if config.hidden_size % config.num_attention_heads:
+            raise InputError(f"hidden_size {config.hidden_size} in config.json is not a multiple of num_attention_heads "
+                             f"{config.num_attention_heads}")
+        self.config = config
+        self.bert = nn.ModuleDict({
+            "embeddings": Embeddings(config),
+            "encoder": nn.ModuleDict({"layer": nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])}),
+        })
+        if config.pooler or config.num_labels:
+            self.bert["pooler"] = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+        if config.num_labels:
+            rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+            self.dropout = nn.Dropout(rate)
+            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    @staticmethod
+    def adapt(raw, names):
+        """A pooler and a classifier are built where the checkpoint has them or `num_labels` asks for them."""
+        labels = raw.get("num_labels") or (len(raw.get("id2label") or (0, 1)) if "classifier.weight" in names else 0)
+        return {**raw, "num_labels": labels, "pooler": any("pooler." in name for name in names)}
+
+    @property
+    def architecture(self):
+        return "BertForSequenceClassification" if self.config.num_labels else "BertModel"
+
+    def forward(self, tokens, lengths):
+        return self.blocks_output(tokens, lengths, self.config.num_hidden_layers)
+
+    def blocks_output(self, tokens, lengths, layer):
+        """(N, D) after block `layer`, counted from 1; 0 is the embeddings."""
+        if not 0 <= layer <= self.config.num_hidden_layers:
+            raise InputError(f"block {layer} does not exist: the encoder has {self.config.num_hidden_layers}")
+        layout = Documents(lengths, tokens.device, causal=False)
+        if layout.longest > self.config.max_position_embeddings:
+            raise InputError(f"a text has {layout.longest} tokens, the model reads {self.config.context}: lower --max-length")
+        h = self.bert["embeddings"](tokens, layout.positions)
+        for i in range(layer):
+            h = self.bert["encoder"]["layer"][i](h, layout, i)
+        return h
+
+    def classify(self, tokens, lengths):
+        """Class logits (B, num_labels), from each document's first token through the tanh pooler."""
+        firsts = torch.tensor([0, *lengths[:-1]], device=tokens.device).cumsum(0)
+        first = self.forward(tokens, lengths)[firsts]  # (B, D)
+        return self.classifier(self.dropout(torch.tanh(self.bert["pooler"]["dense"](first))))

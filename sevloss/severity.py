@@ -1,0 +1,71 @@
+"""The severity classes, the paper's weightings, and how well probabilities fit the labels."""
+
+import torch
+import torch.nn.functional as F
+
+from sevloss import InputError
+
+CLASSES = ("non-critical", "neutral", "critical")
+
+# coefficients (a, b, c) of w = a p_nc + b p_n + c p_c; paper, section on the weighted loss
+WEIGHTINGS = {"none": (1.0, 1.0, 1.0), "mild": (0.75, 1.0, 1.25), "balanced": (0.5, 1.0, 1.5), "strong": (0.25, 1.0, 1.75)}
+
+
+def parse_weighting(text):
+    """A name of WEIGHTINGS, or three numbers "a,b,c" -> (a, b, c)."""
+    if text in WEIGHTINGS:
+        return WEIGHTINGS[text]
+    try:
+        coefficients = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        coefficients = ()
+    if len(coefficients) != 3 or not all(0 <= c < float("inf") for c in coefficients):
+        raise InputError(f"--weighting is one of {', '.join(WEIGHTINGS)}, or three numbers of at least 0 such as 0.5,1,1.5; not {text!r}")
+    return coefficients
+
+
+def confusion_matrix(predicted, labels):
+    """(3, 3) counts; row: true class, column: predicted class."""
+    return torch.bincount(labels * 3 + predicted, minlength=9).view(3, 3)
+
+
+def scores(logits, labels):
+    """logits (n, 3), labels (n,) -> {accuracy, macro_f1, nll, brier, ece, confusion}.
+
+    macro_f1 averages the F1 of the three classes, 0 for a class that is neither there nor predicted. nll in nats.
+    """
+    logits = logits.float()
+    probabilities = logits.softmax(-1)
+    confusion = confusion_matrix(logits.argmax(-1), labels)
+    hits = confusion.diag().double()
+    f1 = 2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)
+    return {
+        "accuracy": (hits.sum() / len(labels)).item(),
+        "macro_f1": f1.mean().item(),
+        "nll": F.cross_entropy(logits, labels).item(),
+        "brier": (probabilities - F.one_hot(labels, 3)).square().sum(-1).mean().item(),
+        "ece": expected_calibration_error(probabilities, labels),
+        "confusion": confusion.tolist(),
+    }
+
+
+def expected_calibration_error(probabilities, labels, bins=15):
+    """Mean |confidence - accuracy| over equal-width bins of the largest probability (Guo et al. 2017)."""
+    confidence, predicted = probabilities.max(-1)
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, (confidence - (predicted == labels).float()).double())
+    return (gap.abs().sum() / len(labels)).item()
+
+
+def fit_temperature(logits, labels):
+    """The T > 0 that minimises the NLL of softmax(logits / T); convex in 1 / T (Guo et al. 2017)."""
+    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits.double() / log_t.exp(), labels)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    return min(max(log_t.exp().item(), 0.05), 20.0)  # a few rows that are all right, or none, have no finite optimum

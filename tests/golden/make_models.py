@@ -1,0 +1,182 @@
+"""Write gpt2/, gpt2_scaled/, aragpt2/ and bert/: tiny random checkpoints, and what the reference makes of them, for tests/test_models.py.
+
+    pip install torch==2.13.0 transformers==5.23.0
+    python tests/golden/make_models.py
+
+Sizes are odd and every weight is random, biases and norms too, and large, so that a swapped norm, a missing transpose or the wrong
+GELU is seen. Weights are stored in fp16 (as real checkpoints often are) and computed with in fp32. Each document runs alone.
+expected.safetensors: `tokens`, `lengths`; `hidden.0` (embeddings), `hidden.1` (after the first block), ... and `final`;
+`logits` or `class_logits`; `gradient.NAME`; for causal models `greedy`, the 16 tokens that follow each document.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+try:
+    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+except ImportError:
+    raise SystemExit("The golden files come from the package `transformers`: pip install transformers==5.23.0") from None
+
+HERE = Path(__file__).parent
+LENGTHS = [7, 3, 11]
+NEW_TOKENS = 16
+
+
+def randomise(named_parameters):
+    """normal(0, 0.3), norms around 1; rounded to fp16."""
+    with torch.no_grad():
+        for name, parameter in named_parameters:
+            norm = parameter.dim() == 1 and name.endswith("weight")
+            parameter.copy_(((1.0 if norm else 0.0) + 3 * 0.1 * torch.randn(parameter.shape)).half())
+
+
+def write(name, config, weights, expected, documents):
+    folder = HERE / name
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    save_file({key: tensor.detach().half().contiguous() for key, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    expected |= {"tokens": torch.cat(documents), "lengths": torch.tensor([len(document) for document in documents])}
+    save_file({key: tensor.detach().contiguous() for key, tensor in expected.items()}, folder / "expected.safetensors")
+    print(f"{name}: {sum(path.stat().st_size for path in folder.iterdir()) / 1000:.0f} kB")
+
+
+def documents(vocab_size):
+    return [torch.randint(vocab_size, (length,)) for length in LENGTHS]
+
+
+def causal_expected(run, documents, watched, watched_name):
+    """run(document) -> (hidden states [embeddings, after block 1, ...], final, logits), each (T, ...)."""
+    runs = [run(document) for document in documents]
+    expected = {f"hidden.{i}": torch.cat(states) for i, states in enumerate(zip(*(hidden for hidden, _, _ in runs)))}
+    expected |= {"final": torch.cat([final for _, final, _ in runs]), "logits": torch.cat([logits for _, _, logits in runs])}
+
+    predictions = torch.cat([logits[:-1] for _, _, logits in runs])
+    F.cross_entropy(predictions, torch.cat([document[1:] for document in documents])).backward()
+    expected[f"gradient.{watched_name}"] = watched.grad
+
+    greedy = []
+    with torch.no_grad():
+        for document in documents:
+            for _ in range(NEW_TOKENS):
+                best = run(document)[2][-1].topk(2)
+                assert best.values[0] - best.values[1] > 1e-3, "too close to call: take another seed"
+                document = torch.cat([document, best.indices[:1]])
+            greedy.append(document[-NEW_TOKENS:])
+    return expected | {"greedy": torch.stack(greedy)}
+
+
+def collect_blocks(blocks):
+    """A list that every forward pass refills: what goes into the first block, then what comes out of each."""
+    states = []
+    blocks[0].register_forward_pre_hook(lambda module, args: states.__setitem__(slice(None), [args[0][0]]))
+    for block in blocks:
+        block.register_forward_hook(lambda module, args, output: states.append((output[0] if isinstance(output, tuple) else output)[0]))
+    return states
+
+
+def make_gpt2(name, seed, **sizes):
+    torch.manual_seed(seed)
+    config = GPT2Config(bos_token_id=0, eos_token_id=0, attn_implementation="eager", **sizes)
+    model = GPT2LMHeadModel(config).eval()
+    randomise(model.named_parameters())
+    states, finals = collect_blocks(model.transformer.h), []
+    model.transformer.ln_f.register_forward_hook(lambda module, args, output: finals.append(output[0]))
+
+    def run(document):
+        logits = model(document[None], use_cache=False).logits[0]
+        return list(states), finals.pop(), logits
+
+    texts = documents(config.vocab_size)
+    watched = "transformer.h.0.attn.c_attn.weight"
+    expected = causal_expected(run, texts, model.get_parameter(watched), watched)
+    weights = {key: tensor for key, tensor in model.state_dict().items() if not (key == "lm_head.weight" and config.tie_word_embeddings)}
+    write(name, stored(config, "GPT2LMHeadModel"), weights, expected, texts)
+
+
+def make_aragpt2(seed):
+    """AraGPT2-large and -mega have no class in transformers: written out here from their publication, one equation a line."""
+    torch.manual_seed(seed)
+    D, H, layers, inner, V, context, eps = 20, 2, 3, 33, 53, 29, 1e-5
+    shapes = {"wte.weight": (V, D), "wpe.weight": (context, D), "emb_norm.weight": (D,), "emb_norm.bias": (D,)}
+    for i in range(layers):
+        shapes |= {f"h.{i}.{key}": shape for key, shape in {
+            "ln_1.weight": (D,), "ln_1.bias": (D,), "attn.c_attn.weight": (D, 3 * D), "attn.c_attn.bias": (3 * D,),
+            "attn.c_proj.weight": (D, D), "attn.c_proj.bias": (D,), "ln_2.weight": (D,), "ln_2.bias": (D,),
+            "mlp.c_fc.weight": (D, inner), "mlp.c_fc.bias": (inner,), "mlp.c_proj.weight": (inner, D), "mlp.c_proj.bias": (D,)}.items()}
+    w = {f"transformer.{key}": torch.zeros(shape) for key, shape in shapes.items()}
+    randomise(w.items())
+    for tensor in w.values():
+        tensor.requires_grad_()
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        return scaled * w[f"transformer.{name}.weight"] + w[f"transformer.{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"transformer.{name}.weight"] + w[f"transformer.{name}.bias"]
+
+    def attention(h, name):
+        q, k, v = linear(h, f"{name}.c_attn").split(D, dim=-1)
+        causal, heads = torch.ones(len(h), len(h)).tril().bool(), []
+        for part in range(H):
+            columns = slice(part * D // H, (part + 1) * D // H)
+            scores = q[:, columns] @ k[:, columns].T / math.sqrt(D / H)
+            heads.append(scores.masked_fill(~causal, -math.inf).softmax(-1) @ v[:, columns])
+        return linear(torch.cat(heads, -1), f"{name}.c_proj")
+
+    def gelu_new(x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    def run(document):
+        h = norm(w["transformer.wte.weight"][document] + w["transformer.wpe.weight"][:len(document)], "emb_norm")
+        states = [h]
+        for i in range(layers):
+            a = h + attention(h, f"h.{i}.attn")
+            h = norm(a + linear(gelu_new(linear(norm(a, f"h.{i}.ln_1"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj"), f"h.{i}.ln_2")
+            states.append(h)
+        return states, h, h @ w["transformer.wte.weight"].T
+
+    texts = documents(V)
+    watched = "transformer.h.0.attn.c_attn.weight"
+    expected = causal_expected(run, texts, w[watched], watched)
+    config = {"architectures": ["AraGPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": V, "n_positions": context, "n_ctx": context,
+              "n_embd": D, "n_layer": layers, "n_head": H, "n_inner": inner, "activation_function": "gelu_new", "layer_norm_epsilon": eps,
+              "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "bos_token_id": 0, "eos_token_id": 0}
+    write("aragpt2", config, w, expected, texts)
+
+
+def make_bert(seed):
+    torch.manual_seed(seed)
+    config = BertConfig(vocab_size=59, hidden_size=20, num_hidden_layers=3, num_attention_heads=4, intermediate_size=37,
+                        max_position_embeddings=29, pad_token_id=0, num_labels=3, attn_implementation="eager")
+    model = BertForSequenceClassification(config).eval()
+    randomise(model.named_parameters())
+    states, texts = collect_blocks(model.bert.encoder.layer), documents(config.vocab_size)
+    runs = [(model(document[None]).logits[0], list(states)) for document in texts]
+    class_logits = torch.stack([logits for logits, _ in runs])
+    class_logits.square().sum().backward()
+    watched = "bert.encoder.layer.0.attention.self.query.weight"
+    expected = {f"hidden.{i}": torch.cat(hidden) for i, hidden in enumerate(zip(*(hidden for _, hidden in runs)))}
+    expected |= {"class_logits": class_logits, f"gradient.{watched}": model.get_parameter(watched).grad}
+    expected["final"] = expected[f"hidden.{config.num_hidden_layers}"].clone()
+    write("bert", stored(config, "BertForSequenceClassification"), model.state_dict(), expected, texts)
+
+
+def stored(config, architecture):
+    """config.json as transformers writes it."""
+    return json.loads(config.to_json_string()) | {"architectures": [architecture], "dtype": "float16"}
+
+
+if __name__ == "__main__":
+    make_gpt2("gpt2", 0, vocab_size=53, n_positions=29, n_embd=20, n_layer=3, n_head=4, n_inner=37)
+    # what other GPT-2 checkpoints set: mGPT's erf GELU, a head of its own, the other scales in attention, the default inner size
+    make_gpt2("gpt2_scaled", 0, vocab_size=51, n_positions=31, n_embd=21, n_layer=2, n_head=3, activation_function="gelu",
+              scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False)
+    make_aragpt2(33)
+    make_bert(0)

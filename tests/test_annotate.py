@@ -1,0 +1,219 @@
+"""Annotated tables: what stands in them, and that an interrupted annotation goes on to the identical file."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from sevloss import InputError, annotate, checkpoint, data, device
+from sevloss.models import load_model, save_model
+from sevloss.models.tiny import tiny_bert
+
+CPU = device.choose("cpu", "fp32")
+
+
+@pytest.fixture
+def run(tmp_path, rows):
+    """A run folder as train_classifier.py leaves it. Random weights, but enlarged and centred: each class is the likeliest at times."""
+    torch.manual_seed(1)
+    complaints = [row["Question"] for row in rows]
+    model, tokenizer = tiny_bert(complaints, num_labels=3, vocab_size=200)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 8 if parameter.ndim == 2 else 1
+        model.classifier.bias -= annotate.class_logits(model, data.encode(tokenizer, complaints, special=True), CPU).mean(0)
+    run = tmp_path / "classifier"
+    checkpoint.write_run_json(run, "train_classifier.py", {}, preprocess="arabert", max_length=10_000)
+    checkpoint.write_json(run / "classifier.json", {"temperature": 2.0, "out_of_fold": {}, "trained_on": []})
+    save_model(model, tokenizer, run)
+    return run
+
+
+@pytest.fixture
+def classifier(run):
+    return annotate.Classifier.load(run, CPU)
+
+
+@pytest.fixture
+def table(write_table, rows):
+    """50 rows, of which one cannot be used; with a label here and there, and two columns that annotation does not know."""
+    def row(i):
+        return {"id": f"{i}", "q_body": rows[i]["Question"] if i != 13 else "", "a_body": rows[i]["Answer"], "note": "سطر\nثان, \"نعم\"",
+                "severity": "critical" if i % 5 == 0 else ""}
+    return write_table("table.csv", [row(i) for i in range(50)])
+
+
+def read(path):
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv"])
+def test_annotated_table(classifier, table, rows, tmp_path, capsys, ending):
+    """The paper's six fields, then the other columns; rows in order; labels stay, the rest get the likeliest class."""
+    to = tmp_path / "new" / f"annotated.{ending}"
+    annotate.annotate_table(classifier, table, to, {}, CPU)
+    annotated = read(to)
+    kept = [i for i in range(50) if i != 13]
+    assert all(list(row) == ["Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical", "id", "note"] for row in annotated)
+    assert [row["id"] for row in annotated] == [str(i) for i in kept]
+    assert [(row["Question"], row["Answer"]) for row in annotated] == [(rows[i]["Question"], rows[i]["Answer"]) for i in kept]
+    assert {row["note"] for row in annotated} == {'سطر\nثان, "نعم"'}
+
+    probabilities = torch.tensor([[float(row[name]) for name in ("Non-Critical", "Neutral", "Critical")] for row in annotated])
+    alone = torch.cat([classifier.probabilities([rows[i]["Question"]], CPU)[0] for i in kept])
+    torch.testing.assert_close(probabilities, alone, atol=2e-6, rtol=0)
+    likeliest = [("non-critical", "neutral", "critical")[c] for c in alone.argmax(-1)]
+    assert len(set(likeliest)) == 3  # or the next line would be blind
+    assert [row["Severity"] for row in annotated] == ["critical" if i % 5 == 0 else likeliest[n] for n, i in enumerate(kept)]
+
+    out = capsys.readouterr().out
+    assert "49 rows" in out and "left out 1 rows: 1 without a complaint (row 28)" in out
+    assert sorted(path.name for path in to.parent.iterdir()) == [to.name]  # nothing temporary is left
+    assert len(data.read_pairs(to, needed=("complaint", "severity", "critical"))) == 49  # and finetune.py reads it
+
+
+def test_probabilities_are_calibrated(classifier):
+    """softmax(logits / T) of the prepared text, [CLS] and [SEP] included."""
+    text = "عندي أَلَم شديد!"
+    ids = classifier.tokenizer.encode("عندي ألم شديد !").ids
+    logits = classifier.model.classify(torch.tensor(ids), [len(ids)])
+    torch.testing.assert_close(classifier.probabilities([text], CPU)[0], (logits / 2).softmax(-1).detach())
+
+
+def test_long_complaints_are_cut_to_what_the_model_reads(classifier, tmp_path, write_table, capsys):
+    """Whatever --max-length was; [SEP] stays the last token."""
+    assert classifier.max_length == classifier.model.config.context == 512
+    ids, cut = annotate.encode_complaints(classifier.tokenizer, ["صداع " * 20, "صداع"], preprocess="none", max_length=12)
+    assert cut == 1 and len(ids[0]) == 12 and ids[0][0] == ids[1][0] and ids[0][-1] == ids[1][-1]
+    table = write_table("long.csv", [{"question": "صداع " * 2000}])
+    annotate.annotate_table(classifier, table, tmp_path / "out.csv", {}, CPU)
+    assert "1 rows, 1 complaints cut to 512 tokens" in capsys.readouterr().out
+
+
+def test_out_of_fold_probabilities_are_used(run, table, rows, tmp_path, capsys):
+    """For a complaint that the model was trained on, however it is punctuated; and the reader is told where there are none."""
+    keys = [data.key(rows[i]["Question"]) for i in (4, 9, 11)]
+    folds = {keys[0]: [0.1, 0.2, 0.7], keys[1]: [0.6, 0.3, 0.1]}
+    (run / "classifier.json").write_text(json.dumps({"temperature": 1.0, "out_of_fold": folds, "trained_on": keys}))
+    classifier = annotate.Classifier.load(run, CPU)
+    annotate.annotate_table(classifier, table, tmp_path / "out.jsonl", {}, CPU)
+    by_id = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
+    assert [by_id["4"][name] for name in ("Severity", "Non-Critical", "Neutral", "Critical")] == ["critical", 0.1, 0.2, 0.7]
+    assert [by_id["9"][name] for name in ("Severity", "Non-Critical", "Neutral", "Critical")] == ["non-critical", 0.6, 0.3, 0.1]
+    assert "trained on 1 of these complaints" in capsys.readouterr().out
+    assert classifier.probabilities([rows[4]["Question"] + "!!"], CPU)[0][0].tolist() == pytest.approx([0.1, 0.2, 0.7])
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, chunks):
+    """Power fails while the chunk after the first `chunks` is being written: half of it is in the file."""
+    original, written = annotate.write_rows, []
+
+    def write_rows(file, suffix, pairs, *rest, **options):
+        if len(written) == chunks:
+            original(file, suffix, pairs[:len(pairs) // 2], *rest, **options)
+            file.flush()
+            raise Stop
+        written.append(len(pairs))
+        original(file, suffix, pairs, *rest, **options)
+    monkeypatch.setattr(annotate, "write_rows", write_rows)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+@pytest.mark.parametrize("chunks", [0, 2])
+def test_interrupted_annotation_goes_on(classifier, table, tmp_path, monkeypatch, capsys, ending, chunks):
+    whole, to = tmp_path / f"whole.{ending}", tmp_path / f"parts.{ending}"
+    monkeypatch.setattr(annotate, "CHUNK", 11)
+    annotate.annotate_table(classifier, table, whole, {}, CPU)
+    with monkeypatch.context() as patch:
+        stop_after(patch, chunks)
+        with pytest.raises(Stop):
+            annotate.annotate_table(classifier, table, to, {}, CPU)
+    assert not to.exists()
+    capsys.readouterr()
+
+    scored = []
+    original = type(classifier).probabilities
+    monkeypatch.setattr(type(classifier), "probabilities", lambda self, c, *rest: scored.append(len(c)) or original(self, c, *rest))
+    annotate.annotate_table(classifier, table, to, {}, CPU)
+    assert to.read_bytes() == whole.read_bytes()
+    assert sum(scored) == 49 - 11 * chunks  # what was done is not done again
+    out = capsys.readouterr().out
+    assert ("going on after row 22" in out) == (chunks > 0) and "49 rows" in out and "left out 1 rows" in out
+
+
+def test_another_table_does_not_go_on_with_the_half_of_this(classifier, table, tmp_path, write_table, rows, monkeypatch):
+    to = tmp_path / "out.jsonl"
+    monkeypatch.setattr(annotate, "CHUNK", 11)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stop):
+            annotate.annotate_table(classifier, table, to, {}, CPU)
+    annotate.annotate_table(classifier, write_table("other.jsonl", rows[50:53]), to, {}, CPU)
+    assert [row["Question"] for row in read(to)] == [row["Question"] for row in rows[50:53]]
+
+
+def test_every_line_of_a_csv_has_the_same_columns(classifier, tmp_path, monkeypatch):
+    """Though .jsonl rows may lack fields, and each chunk is written on its own."""
+    monkeypatch.setattr(annotate, "CHUNK", 2)
+    lines = ['{"question": "a", "x": 1}', '{"question": "b", "y": 2}', '{"y": 3, "question": "c"}', '{"question": "d", "x": 4}']
+    (tmp_path / "table.jsonl").write_text("\n".join(lines))
+    annotate.annotate_table(classifier, tmp_path / "table.jsonl", tmp_path / "out.csv", {}, CPU)
+    assert [(row["Question"], row["x"], row["y"]) for row in read(tmp_path / "out.csv")] == [
+        ("a", "1", ""), ("b", "", "2"), ("c", "", "3"), ("d", "4", "")]
+
+
+def test_targets_that_are_refused(classifier, table, tmp_path):
+    (tmp_path / "out.jsonl").write_text("mine")
+    with pytest.raises(InputError, match="out.jsonl exists: remove it"):
+        annotate.annotate_table(classifier, table, tmp_path / "out.jsonl", {}, CPU)
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+    with pytest.raises(InputError, match="is written as .jsonl, .csv or .tsv"):
+        annotate.annotate_table(classifier, table, tmp_path / "out.xlsx", {}, CPU)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("none.csv", None, "no such file"), ("broken.xlsx", "no zip", "cannot be read as an Excel workbook"),
+    ("columns.csv", "a,b\n1,2\n", "no column for the complaint"), ("empty.csv", "question,b\n,2\n", "no row could be scored; left out 1")])
+def test_tables_that_cannot_be_annotated_leave_nothing_behind(classifier, tmp_path, name, content, message):
+    if content:
+        (tmp_path / name).write_text(content)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=message):
+        annotate.annotate_table(classifier, tmp_path / name, tmp_path / "out.csv", {}, CPU)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_annotated_is_made_once_per_table(run, table, capsys):
+    """finetune.py --classifier RUN asks again at each run; a changed table is annotated anew."""
+    first = annotate.annotated(run, table, {}, CPU)
+    made = first.stat().st_mtime_ns
+    assert annotate.annotated(run, table, {}, CPU) == first and first.stat().st_mtime_ns == made
+    assert "is known" in capsys.readouterr().out
+    table.write_text(table.read_text(encoding="utf-8") + "50,صداع,نم,,\n", encoding="utf-8")
+    second = annotate.annotated(run, table, {}, CPU)
+    assert second != first and len(read(second)) == 50
+
+
+def test_no_run_of_the_classifier(tmp_path, run, golden):
+    with pytest.raises(InputError, match="is no run of train_classifier.py"):
+        annotate.Classifier.load(golden / "bert", CPU)
+    (run / "classifier.json").unlink()  # it was stopped before its end
+    with pytest.raises(InputError, match="classifier.json cannot be read"):
+        annotate.Classifier.load(run, CPU)
+
+
+def test_logits_keep_the_order_of_the_texts(run):
+    """They are computed in order of length, in several batches."""
+    model = load_model(run)
+    texts = [list(range(5, 5 + n)) for n in (9, 2, 30, 2, 17)]
+    logits = annotate.class_logits(model, texts, CPU, most_tokens=20)
+    for ids, row in zip(texts, logits):
+        torch.testing.assert_close(row, model.classify(torch.tensor(ids), [len(ids)])[0].detach(), atol=1e-5, rtol=1e-5)

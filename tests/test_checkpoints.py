@@ -1,0 +1,520 @@
+"""Checkpoints as people have them: every way of storing one loads the same, and what cannot be used is refused in one clear line."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from sevloss import InputError
+from sevloss.hub import WEIGHTS
+from sevloss.models import from_scratch, load_model, load_tokenizer, save_model
+
+ALL = ["gpt2", "gpt2_scaled", "aragpt2", "bert"]
+SENTENCES = ["أعاني من ألم في الصدر منذ يومين", "راجع الطبيب فورًا إذا زاد الألم",
+             "الجرعة 500 ملغ مرتين يوميًا، بعد الأكل", "هل هذا الدواء آمن للحامل؟"]
+
+
+@contextmanager
+def refused(message):
+    """InputError, in one line, with this in it."""
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def assert_same_weights(model, other):
+    __tracebackhide__ = True
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ------------------------------------------------------------------ every way of storing the same weights
+
+def test_safetensors_in_fp16(golden):
+    """The golden files are stored in fp16: fp32 by default, any other on demand; eval mode, and no parameter left without memory."""
+    stored = load_file(golden / "gpt2" / "model.safetensors")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(golden / "gpt2", dtype=dtype)
+        assert not model.training
+        for name, parameter in model.named_parameters():
+            assert stored[name].dtype == torch.float16 and torch.equal(parameter, stored[name].to(dtype)) and parameter.requires_grad
+
+
+def test_config_decides_the_sizes(golden):
+    model = load_model(golden / "gpt2_scaled")
+    assert model.head_weight.shape == (51, 21) and model.head_weight is model.lm_head.weight
+    assert [block.attn.scale for block in model.transformer["h"]] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "bin_of_2020"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["one_file", "shards"])
+def test_storage(edited, golden, kind, sharded):
+    """.safetensors and .bin, whole or in shards with an index; .bin also in the format before torch 1.6."""
+    folder = edited("gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, suffix = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
+
+    def write(part, path):
+        if kind == "safetensors":
+            save_file(part, path)
+        else:
+            torch.save(part, path, _use_new_zipfile_serialization=kind == "bin")
+
+    if sharded:
+        names = sorted(tensors)
+        shards = {f"{stem}-0000{i + 1}-of-00003.{suffix}": names[i::3] for i in range(3)}
+        for file, part in shards.items():
+            write({name: tensors[name] for name in part}, folder / file)
+        weight_map = {name: file for file, part in shards.items() for name in part}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    else:
+        write(tensors, folder / f"{stem}.{suffix}")
+    assert_same_weights(load_model(folder), load_model(golden / "gpt2"))
+
+
+def without(prefix):
+    return lambda tensors: {name.removeprefix(prefix): t for name, t in tensors.items()}
+
+
+def gamma_and_beta(tensors):
+    return {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+            for name, t in tensors.items()}
+
+
+def gpt2_buffers(tensors):
+    """The causal mask, and the tied head once more."""
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 29, 29, dtype=torch.uint8).tril() for i in range(3)}
+    masks |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+    return tensors | masks | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
+
+
+def bert_pretraining(tensors):
+    """Positions as a buffer, and the heads of pre-training."""
+    return tensors | {"bert.embeddings.position_ids": torch.arange(29)[None], "cls.predictions.bias": torch.zeros(59),
+                      "cls.predictions.transform.LayerNorm.gamma": torch.ones(20), "cls.seq_relationship.weight": torch.zeros(2, 20)}
+
+
+@pytest.mark.parametrize("family, old", [
+    ("gpt2", without("transformer.")), ("aragpt2", without("transformer.")), ("bert", without("bert.")), ("bert", gamma_and_beta),
+    ("gpt2", gpt2_buffers), ("gpt2", lambda tensors: without("transformer.")(gpt2_buffers(tensors))), ("bert", bert_pretraining),
+], ids=["gpt2 without prefix", "aragpt2 without prefix", "bert without prefix", "gamma and beta", "gpt2 buffers", "both", "pre-training"])
+def test_old_names(edited, golden, family, old):
+    assert_same_weights(load_model(edited(family, old)), load_model(golden / family))
+
+
+def test_aragpt2_is_known_by_its_weights(edited, golden):
+    """AraGPT2-large and -mega say model_type gpt2; what we save says aragpt2, and loads the same."""
+    assert json.loads((golden / "aragpt2" / "config.json").read_text())["model_type"] == "gpt2"
+    assert load_model(golden / "aragpt2").config.model_type == "aragpt2"
+    assert_same_weights(load_model(edited("aragpt2", model_type="aragpt2")), load_model(golden / "aragpt2"))
+
+
+# ------------------------------------------------------------------ heads that a checkpoint lacks
+
+def encoder_alone(tensors):
+    return {name: t for name, t in tensors.items() if not name.startswith(("classifier.", "bert.pooler."))}
+
+
+def test_missing_head_is_initialised(edited, capsys):
+    """num_labels asks for a head; what the checkpoint has not is initialised, and a line says so."""
+    folder = edited("bert", encoder_alone)
+    model = load_model(folder)
+    assert model.architecture == "BertModel" and not hasattr(model, "classifier") and capsys.readouterr().out == ""
+
+    torch.manual_seed(0)
+    model = load_model(folder, num_labels=4)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith("initialised, not in the checkpoint: bert.pooler.dense.weight, bert.pooler")
+    assert model.classify(torch.arange(5), [2, 3]).shape == (2, 4)
+    assert 0.01 < model.classifier.weight.std() < 0.03 and not model.classifier.bias.any()
+
+
+def test_head_for_other_classes_is_initialised(golden, capsys):
+    """The 3-class head of the checkpoint serves 3 classes; for 5 a new one starts, on the pooler that is there."""
+    pooler = load_model(golden / "bert").bert["pooler"]["dense"].weight
+    assert torch.equal(load_model(golden / "bert", num_labels=3).classifier.weight, load_model(golden / "bert").classifier.weight)
+    assert capsys.readouterr().out == ""
+    model = load_model(golden / "bert", num_labels=5)
+    assert capsys.readouterr().out == "initialised, not in the checkpoint: classifier.weight, classifier.bias\n"
+    assert model.classifier.weight.shape == (5, 20) and torch.equal(model.bert["pooler"]["dense"].weight, pooler)
+
+
+# ------------------------------------------------------------------ what cannot be used
+
+def test_unknown_model_type(edited):
+    with refused("is of model_type 't5'; known are gpt2,"):
+        load_model(edited("gpt2", model_type="t5"))
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"activation_function": "swish"}, "activation_function 'swish' in config.json is not known; known: gelu_new"),
+    ({"n_embd": 24}, "has shape (60,), config.json asks for (72,)"),
+    ({"n_layer": 4}, "lacks 12 tensors that a gpt2 of its config.json needs: transformer.h.3.ln_1.weight, transformer.h.3.ln_1.bias, "),
+    ({"n_layer": 2}, "holds 12 tensors that a gpt2 of its config.json has no place for: transformer.h.2.attn.c_attn.bias"),
+    ({"n_head": 3}, "n_embd 20 in config.json is not a multiple of n_head 3"),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_config_that_does_not_fit(edited, config, message):
+    with refused(message):
+        load_model(edited("gpt2", **config))
+
+
+def test_config_without_a_size(edited):
+    folder = edited("gpt2")
+    (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 53}')
+    with refused("config.json of a gpt2 is incomplete"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"gpt2"'])
+def test_broken_config(edited, text):
+    folder = edited("gpt2")
+    (folder / "config.json").write_text(text)
+    with refused("config.json cannot be read as JSON"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("config", [{"hidden_act": "relu"}, {"position_embedding_type": "relative_key"}], ids=str)
+def test_other_kinds_of_bert(edited, config):
+    with refused("only BERT with gelu and absolute positions is known; config.json says"):
+        load_model(edited("bert", **config))
+
+
+def test_missing_tensor(edited):
+    with refused("lacks 1 tensors that a gpt2 of its config.json needs: transformer.h.1.mlp.c_fc.weight"):
+        load_model(edited("gpt2", lambda tensors: {name: t for name, t in tensors.items() if name != "transformer.h.1.mlp.c_fc.weight"}))
+
+
+@pytest.mark.parametrize("surplus", ["transformer.h.0.attn.q_norm.weight", "transformer.h.7.attn.c_attn.bias", "score.weight"])
+def test_surplus_tensor(edited, surplus):
+    with refused(f"holds 1 tensors that a gpt2 of its config.json has no place for: {surplus}"):
+        load_model(edited("gpt2", lambda tensors: tensors | {surplus: torch.zeros(3)}))
+
+
+def test_misshapen_tensor(edited):
+    with refused("transformer.h.0.mlp.c_fc.weight has shape (37, 20), config.json asks for (20, 37)"):
+        load_model(edited("gpt2", lambda tensors: tensors | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(37, 20)}))
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, -100])
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "bin_of_2020"])
+def test_truncated_file(edited, kind, size):
+    folder = edited("gpt2")
+    path = folder / "model.safetensors"
+    if kind != "safetensors":
+        tensors = load_file(path)
+        path.unlink()
+        path = folder / "pytorch_model.bin"
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "bin")
+    path.write_bytes(path.read_bytes()[:size])
+    with refused(f"{path} is broken or not finished downloading"):
+        load_model(folder)
+
+
+class Code:
+    """Unpickled carelessly, it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_code_in_a_bin_is_not_run(edited, tmp_path, new_format):
+    folder = edited("gpt2")
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Code(tmp_path / "ran")}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
+    with refused("pytorch_model.bin holds more than tensors and is not loaded"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3, "model": {"wte.weight": torch.zeros(2)}}], ids=["list", "training state"])
+def test_bin_that_is_no_state_dict(edited, content):
+    folder = edited("gpt2")
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    with refused("pytorch_model.bin holds more than tensors and is not loaded"):
+        load_model(folder)
+
+
+def test_no_weights(edited):
+    folder = edited("gpt2")
+    (folder / "model.safetensors").unlink()
+    with refused(f"the checkpoint {folder} has none of model.safetensors, model.safetensors.index.json, pytorch_model.bin"):
+        load_model(folder)
+
+
+def test_shards(edited):
+    """An index whose shard is not there, that points out of its folder, or that is no index."""
+    folder = edited("gpt2")
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    for content, message in (({"weight_map": {"wte.weight": "model-00001-of-00002.safetensors"}}, "has none of model-00001-of-00002"),
+                             ({"weight_map": {"wte.weight": "../other/model.safetensors"}}, "names a shard outside its folder"),
+                             ({"metadata": {}}, "has no weight_map")):
+        index.write_text(json.dumps(content))
+        with refused(message):
+            load_model(folder)
+
+
+def test_no_config(edited):
+    folder = edited("gpt2")
+    (folder / "config.json").unlink()
+    with refused(f"the folder {folder} has no config.json, so it is no checkpoint"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("message, names", [
+    ("is neither a folder, nor a hub id like owner/name, nor one of aragpt2-base, ", ["aragpt3", "./runs/1", "/no/such/folder"]),
+    ("is neither a folder nor a valid hub id", ["runs/1/best", "a b/c"]),
+])
+def test_unknown_name(message, names):
+    """Known from its form alone: no connection is tried."""
+    for name in names:
+        with refused(message):
+            load_model(name)
+
+
+# ------------------------------------------------------------------ tokenizers
+
+def byte_level_bpe():
+    """Like AraGPT2's: byte-level BPE with a prefix space, and one special token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
+                                                                 initial_alphabet=alphabet))
+    return tokenizer
+
+
+def wordpiece():
+    """Like AraBERT's: [CLS] text [SEP]."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return tokenizer
+
+
+def test_tokenizer_neither_pads_nor_truncates(tmp_path):
+    """tokenizer.json may fix both (sentence encoders do); a long complaint would lose its end without a word."""
+    tokenizer = wordpiece()
+    whole = [encoding.ids for encoding in tokenizer.encode_batch(SENTENCES)]
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=99)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text("{}")
+    assert [encoding.ids for encoding in load_tokenizer(tmp_path).encode_batch(SENTENCES)] == whole
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"version": "1.0", "model": {"type": "Magic"}}'])
+def test_broken_tokenizer(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with refused("tokenizer.json cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_no_tokenizer(golden):
+    with refused("has none of tokenizer.json"):
+        load_tokenizer(golden / "gpt2")
+
+
+# ------------------------------------------------------------------ saving
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_and_loaded_to_the_bit(golden, tmp_path, family, dtype):
+    model, tokenizer = load_model(golden / family, dtype=dtype), byte_level_bpe()
+    save_model(model, tokenizer, tmp_path / "run")
+    again = load_model(tmp_path / "run", dtype=dtype)
+    assert_same_weights(model, again)
+    assert again.config == model.config
+    assert load_tokenizer(tmp_path / "run").to_str() == tokenizer.to_str()
+    saved, was = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "run", golden / family))
+    assert saved == was | {"dtype": str(dtype).removeprefix("torch."), "model_type": model.config.model_type,
+                           "architectures": [model.architecture]}
+    with safe_open(tmp_path / "run" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # older transformers insist on it
+
+
+def test_new_head_is_saved_with_its_classes(golden, tmp_path):
+    model = load_model(golden / "bert", num_labels=5)
+    save_model(model, wordpiece(), tmp_path)
+    assert_same_weights(load_model(tmp_path), model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert len(config["id2label"]) == len(config["label2id"]) == 5 and config["architectures"] == ["BertForSequenceClassification"]
+
+
+# ------------------------------------------------------------------ what we save, transformers opens
+
+TEXTS = [*SENTENCES, "\nعندي صداع\n\nالاجابة:\n", "Aspirin 100mg", "ألم"]
+
+
+def random_model(golden, family, vocab_size):
+    """The golden shape with another vocabulary; weights ten times what training starts from, so that mistakes show."""
+    torch.manual_seed(0)
+    raw = json.loads((golden / family / "config.json").read_text()) | {"vocab_size": vocab_size, "num_labels": 3}
+    raw |= {"max_position_embeddings" if family == "bert" else "n_positions": 128}
+    model = from_scratch(raw)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_((1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0) + 0.2 * torch.randn(parameter.shape))
+    return model
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt2_scaled"])
+@torch.no_grad()
+def test_transformers_opens_a_saved_gpt2(golden, tmp_path, family):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = byte_level_bpe()
+    model = random_model(golden, family, tokenizer.get_vocab_size())
+    save_model(model, tokenizer, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.dtype == torch.float32
+    assert their_tokenizer.eos_token == "<|endoftext|>" and their_tokenizer.eos_token_id == their_tokenizer.pad_token_id == 0
+    for text in TEXTS:
+        ids = load_tokenizer(tmp_path).encode(text).ids
+        assert their_tokenizer(text)["input_ids"] == ids
+        assert their_tokenizer.decode(ids) == tokenizer.decode(ids)
+        logits = model(torch.tensor(ids), [len(ids)]) @ model.head_weight.T
+        torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_transformers_opens_a_saved_classifier(golden, tmp_path):
+    """One stream of documents here, a padded batch there."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = wordpiece()
+    model = random_model(golden, "bert", tokenizer.get_vocab_size())
+    save_model(model, tokenizer, tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    batch = transformers.AutoTokenizer.from_pretrained(tmp_path)(TEXTS, padding=True, return_tensors="pt")
+    ids = [encoding.ids for encoding in load_tokenizer(tmp_path).encode_batch(TEXTS)]
+    assert [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])] == ids
+    logits = model.classify(torch.tensor([i for row in ids for i in row]), [len(row) for row in ids])
+    torch.testing.assert_close(theirs(**batch).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_transformers_opens_a_saved_encoder(edited, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = load_model(edited("bert", encoder_alone))
+    save_model(model, wordpiece(), tmp_path / "saved")
+    hidden = transformers.AutoModel.from_pretrained(tmp_path / "saved")(torch.arange(9)[None]).last_hidden_state[0]
+    torch.testing.assert_close(hidden, model(torch.arange(9), [9]), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------ names on the hub
+
+@contextmanager
+def hub_server(repositories):
+    """As much of the hub as a download needs, on 127.0.0.1. repositories: name -> {file: bytes}, or None for a gated one. -> its address"""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            repository, _, file = self.path.lstrip("/").partition("/resolve/main/")
+            files = repositories.get(repository, ())
+            if files is None:
+                self.answer(403, {"X-Error-Code": "GatedRepo"})
+            elif not files:
+                self.answer(401, {"X-Error-Code": "RepoNotFound"})  # 401, not 404: it may be private
+            elif file not in files:
+                self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": "c" * 40})
+            else:
+                self.answer(200, {"X-Repo-Commit": "c" * 40, "ETag": f'"{hashlib.sha256(files[file]).hexdigest()}"'}, files[file])
+
+        do_HEAD = do_GET
+
+        def answer(self, status, headers, body=b""):
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+LOAD = """
+import sys
+from sevloss import InputError
+from sevloss.models import load_model, load_tokenizer
+for name in sys.argv[1:]:
+    try:
+        print(name, sum(p.double().sum() for p in load_model(name).parameters()).item(), load_tokenizer(name).get_vocab_size())
+    except InputError as error:
+        print(error)
+"""
+
+
+def load_elsewhere(names, **environment):
+    """In a process of its own: huggingface_hub reads the environment once, when it is imported. -> a line for each name"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
+    done = subprocess.run([sys.executable, "-c", LOAD, *names], cwd=Path(__file__).parents[1], env=clean | environment,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_hub(edited, golden, tmp_path):
+    """Hub ids and short names download once, then load without a connection: safetensors, a lone .bin, and shards."""
+    tokenizer = byte_level_bpe().to_str().encode()
+    config, weights = ((golden / "gpt2" / file).read_bytes() for file in ("config.json", "model.safetensors"))
+    bert = edited("bert")
+    torch.save(load_file(bert / "model.safetensors"), bert / "pytorch_model.bin")
+    index = {"weight_map": dict.fromkeys(load_file(golden / "gpt2" / "model.safetensors"), "model-00001-of-00001.safetensors")}
+    repositories = {
+        "someone/gpt2": {"config.json": config, "model.safetensors": weights, "tokenizer.json": tokenizer},
+        "aubmindlab/bert-base-arabertv02": {"config.json": (bert / "config.json").read_bytes(), "tokenizer.json": tokenizer,
+                                            "pytorch_model.bin": (bert / "pytorch_model.bin").read_bytes()},
+        "someone/shards": {"config.json": config, "model.safetensors.index.json": json.dumps(index).encode(), "tokenizer.json": tokenizer,
+                           "model-00001-of-00001.safetensors": weights},
+        "someone/no-model": {"README.md": b""},
+        "someone/no-weights": {"config.json": config},
+        "someone/gated": None,
+    }
+    sums = [sum(p.double().sum() for p in load_model(golden / family).parameters()).item() for family in ("gpt2", "bert", "gpt2")]
+    names = ["someone/gpt2", "arabertv02", "someone/shards"]
+    loaded = [f"{name} {total} 300" for name, total in zip(names, sums)]
+
+    with hub_server(repositories) as address:
+        online = load_elsewhere([*names, "someone/typo", "someone/no-model", "someone/no-weights", "someone/gated"],
+                                HF_HOME=str(tmp_path / "home"), HF_ENDPOINT=address)
+    assert online == [
+        *loaded,
+        "there is no folder someone/typo, and the hub has no repository someone/typo (or it is private: run `hf auth login`)",
+        "someone/no-model has no config.json, so it is no checkpoint",
+        f"the checkpoint someone/no-weights has none of {', '.join(WEIGHTS)}",
+        "someone/gated is gated: accept its terms on the hub, then run `hf auth login`",
+    ]
+    offline = load_elsewhere([*names, "someone/else"], HF_HOME=str(tmp_path / "home"), HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
+    assert offline == [*loaded, "someone/else is not in the local cache and the hub cannot be reached: connect once, or give a folder"]
