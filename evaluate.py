@@ -99,7 +99,6 @@ def main():
     by_turns = sorted(range(len(pairs)), key=lambda i: (classes[:i].count(classes[i]), -(classes[i] or 0)))  # a class after the other
     shown = [pairs[i] for i in by_turns[:args.answers]]
     out = Path(args.out or (Path(runs[0]) if Path(runs[0]).is_dir() else Path("runs")) / "evaluation")
-    out.mkdir(parents=True, exist_ok=True)
 
     rows, scores, answers = [], [], {}
     for name in runs:
@@ -120,6 +119,7 @@ def main():
     print(f"\n{text}\n\nNLL: in nats, over response and end-of-text tokens; lower is better; only for models with the same tokenizer.")
     generations = [{"row": p.row, "complaint": p.complaint, "reference": p.response, "answers": {name: answers[name][i] for name in runs}}
                    for i, p in enumerate(shown)]
+    out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_lines(out / "scores.jsonl", (json.dumps(row, ensure_ascii=False) for row in scores))
     checkpoint.write_lines(out / "generations.jsonl", (json.dumps(row, ensure_ascii=False) for row in generations))
     checkpoint.write_lines(out / "table.txt", [text])

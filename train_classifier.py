@@ -52,6 +52,8 @@ def parse_arguments():
         raise InputError("--annotate TABLE and --to FILE belong together")
     if args.folds == 1 or args.folds < 0:
         raise InputError("--folds takes 2 or more")
+    if min(args.seed) < 0:
+        raise InputError(f"--seed must be at least 0, not {min(args.seed)}")
     args.lr = args.lr if args.lr is not None else 1e-3 if args.ckpt == "tiny" else 3e-5
     check_positive(args, "max_length", "epochs", "lr", "batch_size", or_zero=("patience", "weight_decay"))
     return args

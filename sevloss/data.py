@@ -128,14 +128,14 @@ def find_columns(path, columns, given, needed):
         match = next((by_name[_plain(name)] for name in names if _plain(name) in by_name), None)
         if role not in found and match:
             found[role] = match
-    if "critical" in needed and not set(PROBABILITIES) & set(found):
-        raise InputError(f"{path} has no severity probabilities: give --classifier RUN, or --weighting none, or name their columns: "
-                         f"--columns {' '.join(f'{role}=COLUMN' for role in PROBABILITIES)}")
-    for role in needed:
-        if role not in found:
-            raise InputError(f"{path} has no column for the {role}; it has {', '.join(columns)}. Name one: --columns {role}=COLUMN")
     if 0 < len(set(PROBABILITIES) & set(found)) < 3:
         raise InputError(f"{path} has some but not all of the columns {', '.join(PROBABILITIES)}")
+    for role in needed:
+        if role not in found and role in PROBABILITIES:
+            raise InputError(f"{path} has no severity probabilities: give --classifier RUN, or --weighting none, or name their columns: "
+                             f"--columns {' '.join(f'{role}=COLUMN' for role in PROBABILITIES)}")
+        if role not in found:
+            raise InputError(f"{path} has no column for the {role}; it has {', '.join(columns)}. Name one: --columns {role}=COLUMN")
     return found
 
 

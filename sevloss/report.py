@@ -70,7 +70,7 @@ def write_classifier_report(run, pairs, logits, *, encoder, basis):
 def draw_confusion(path, confusion):
     figure, axes = pyplot.subplots(figsize=(4.6, 4))
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     for i in range(3):
         for j in range(3):
             color = "white" if shares[i, j] > 0.5 else "black"

@@ -126,22 +126,33 @@ def test_aragpt2_is_known_by_its_weights(edited, golden):
 
 # ------------------------------------------------------------------ heads that a checkpoint lacks
 
-def encoder_alone(tensors):
-    return {name: t for name, t in tensors.items() if not name.startswith(("classifier.", "bert.pooler."))}
+def lacking(*prefixes):
+    return lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(prefixes)}
 
 
 def test_missing_head_is_initialised(edited, capsys):
     """num_labels asks for a head; what the checkpoint has not is initialised, and a line says so."""
-    folder = edited("bert", encoder_alone)
-    model = load_model(folder)
-    assert model.architecture == "BertModel" and not hasattr(model, "classifier") and capsys.readouterr().out == ""
-
+    folder = edited("bert", lacking("classifier."))
+    assert not hasattr(load_model(folder), "classifier") and capsys.readouterr().out == ""
     torch.manual_seed(0)
     model = load_model(folder, num_labels=4)
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and said.startswith("initialised, not in the checkpoint: bert.pooler.dense.weight, bert.pooler")
+    assert capsys.readouterr().out == "initialised, not in the checkpoint: classifier.weight, classifier.bias\n"
     assert model.classify(torch.arange(5), [2, 3]).shape == (2, 4)
     assert 0.01 < model.classifier.weight.std() < 0.03 and not model.classifier.bias.any()
+
+
+def test_head_without_a_pooler_reads_the_mean(edited, tmp_path):
+    """Where there is no pooler the new head reads the mean of each document's tokens; `transformers` must not take it for its own."""
+    folder = edited("bert", lacking("classifier.", "bert.pooler."))
+    assert load_model(folder).architecture == "BertModel"
+    model, tokens = load_model(folder, num_labels=3), torch.arange(9)
+    hidden = model(tokens, [2, 7])
+    expected = model.mean_classifier(torch.stack([hidden[:2].mean(0), hidden[2:].mean(0)]))
+    torch.testing.assert_close(model.classify(tokens, [2, 7]), expected)
+    save_model(model, Tokenizer(models.BPE()), tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    torch.testing.assert_close(again.classify(tokens, [2, 7]), expected)
+    assert again.architecture == "BertModel" and not hasattr(again, "classifier")
 
 
 def test_head_for_other_classes_is_initialised(golden, capsys):
@@ -420,7 +431,7 @@ def test_transformers_opens_a_saved_classifier(golden, tmp_path):
 @torch.no_grad()
 def test_transformers_opens_a_saved_encoder(edited, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = load_model(edited("bert", encoder_alone))
+    model = load_model(edited("bert", lacking("classifier.", "bert.pooler.")))
     save_model(model, wordpiece(), tmp_path / "saved")
     hidden = transformers.AutoModel.from_pretrained(tmp_path / "saved")(torch.arange(9)[None]).last_hidden_state[0]
     torch.testing.assert_close(hidden, model(torch.arange(9), [9]), rtol=1e-5, atol=1e-5)

@@ -42,7 +42,7 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
         if name in expected:
             tensor = read()
             if tensor.shape != expected[name].shape:
-                if name.startswith("classifier.") and num_labels:  # a head for other classes: start afresh
+                if name.startswith(("classifier.", "mean_classifier.")) and num_labels:  # a head for other classes: start afresh
                     continue
                 raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, "
                                  f"config.json asks for {tuple(expected[name].shape)}")
@@ -71,7 +71,7 @@ def build(family, raw):
         raise InputError(f"config.json of a {raw['model_type']} is incomplete: {error}") from error
     with torch.device("meta"):
         model = family(config)
-    model.raw_config = {key: value for key, value in raw.items() if key not in ("num_labels", "pooler")}
+    model.raw_config = {key: value for key, value in raw.items() if key not in ("num_labels", "pooler", "pooling")}
     return model
 
 

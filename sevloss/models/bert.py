@@ -29,8 +29,9 @@ class BertConfig:
     classifier_dropout: float | None = None
     position_embedding_type: str = "absolute"
     model_type: str = "bert"
-    pooler: bool = False  # these two are not in config.json: what the checkpoint holds, or the caller asks for
+    pooler: bool = False  # these three are not in config.json: what the checkpoint holds, or the caller asks for
     num_labels: int = 0
+    pooling: str = "first"
 
     @property
     def context(self):
@@ -91,7 +92,7 @@ class Bert(nn.Module):
     """tokens (N,), lengths -> hidden states (N, D) after the last block."""
 
     prefix = "bert."
-    may_be_missing = ("bert.pooler.", "classifier.")  # initialised then
+    may_be_missing = ("bert.pooler.", "classifier.", "mean_classifier.")  # initialised then
     unused = r"^cls\.|embeddings\.position_ids$"
     Config = BertConfig
 
@@ -108,22 +109,28 @@ class Bert(nn.Module):
             "embeddings": Embeddings(config),
             "encoder": nn.ModuleDict({"layer": nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])}),
         })
-        if config.pooler or config.num_labels:
+        if config.pooler or (config.num_labels and config.pooling == "first"):
             self.bert["pooler"] = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
         if config.num_labels:
             rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
             self.dropout = nn.Dropout(rate)
-            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+            # Two names: a class of `transformers` that knows the first alone must not take the second for it.
+            self.register_module("classifier" if config.pooling == "first" else "mean_classifier",
+                                 nn.Linear(config.hidden_size, config.num_labels))
 
     @staticmethod
     def adapt(raw, names):
-        """A pooler and a classifier are built where the checkpoint has them or `num_labels` asks for them."""
-        labels = raw.get("num_labels") or (len(raw.get("id2label") or (0, 1)) if "classifier.weight" in names else 0)
-        return {**raw, "num_labels": labels, "pooler": any("pooler." in name for name in names)}
+        """A pooler and a classifier are built where the checkpoint has them or `num_labels` asks for them. A new head reads the first
+        token through the pooler; where the checkpoint has no pooler, the mean of all tokens, which needs none."""
+        trained = {"classifier.weight": "first", "mean_classifier.weight": "mean"}
+        pooling = next((p for name, p in trained.items() if name in names), None)
+        labels = raw.get("num_labels") or (len(raw.get("id2label") or (0, 1)) if pooling else 0)
+        pooler = any("pooler." in name for name in names)
+        return {**raw, "num_labels": labels, "pooler": pooler, "pooling": pooling or ("first" if pooler else "mean")}
 
     @property
     def architecture(self):
-        return "BertForSequenceClassification" if self.config.num_labels else "BertModel"
+        return "BertForSequenceClassification" if self.config.num_labels and self.config.pooling == "first" else "BertModel"
 
     def forward(self, tokens, lengths):
         return self.blocks_output(tokens, lengths, self.config.num_hidden_layers)
@@ -141,7 +148,12 @@ class Bert(nn.Module):
         return h
 
     def classify(self, tokens, lengths):
-        """Class logits (B, num_labels), from each document's first token through the tanh pooler."""
-        firsts = torch.tensor([0, *lengths[:-1]], device=tokens.device).cumsum(0)
-        first = self.forward(tokens, lengths)[firsts]  # (B, D)
+        """Class logits (B, num_labels), from each document's first token through the tanh pooler, or from the mean of its tokens."""
+        h = self.forward(tokens, lengths)  # (N, D)
+        count = torch.tensor(lengths, device=tokens.device)
+        if self.config.pooling == "mean":
+            document = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), count, output_size=len(tokens))
+            sums = h.new_zeros(len(lengths), h.shape[1], dtype=torch.float32).index_add_(0, document, h.float())
+            return self.mean_classifier(self.dropout(sums / count[:, None]))
+        first = h[count.cumsum(0) - count]  # (B, D)
         return self.classifier(self.dropout(torch.tanh(self.bert["pooler"]["dense"](first))))

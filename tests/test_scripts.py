@@ -1,0 +1,518 @@
+"""The three scripts from end to end on a small table: what they leave behind, how a stopped run goes on, and how they refuse."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import finetune
+import train_classifier
+from sevloss import checkpoint, data, device, metrics, severity
+from sevloss.models import eos_ids, load_model, load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+METRICS = ["step", "loss", "lr", "grad_norm", "examples", "tokens", "supervised_tokens", "seconds"]
+BOTH = ("complaint", "response")
+
+
+def call(script, *arguments):
+    """main() of a script in this process: importing torch anew takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        script.main()
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without_seconds(run):
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines(run / "metrics.jsonl")]
+
+
+def losses(run):
+    return [line["loss"] for line in lines(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("scripts")
+    (folder / "table.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(folder):
+    return folder / "table.jsonl"
+
+
+@pytest.fixture(scope="module")
+def base(folder, table):
+    """A run of finetune.py: 21 steps, saved every 4."""
+    call(finetune, "--data", table, "--out", folder / "base", "--max-steps", 21, "--save-every", 4, "--batch-size", 20)
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def classifier(folder, table):
+    """A run of train_classifier.py with two folds."""
+    call(train_classifier, "--data", table, "--out", folder / "classifier", "--folds", 2, "--batch-size", 8, "--max-length", 64)
+    return folder / "classifier"
+
+
+# ------------------------------------------------------------------ all three, as a reader starts them
+
+def test_three_scripts_in_a_row(table, tmp_path):
+    """Each finds what the one before has left; a wrong argument is one line and exit code 2."""
+    def start(script, *arguments, code=0):
+        done = subprocess.run([sys.executable, ROOT / script, *arguments], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8",
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"})
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        return done
+    shutil.copy(table, tmp_path)
+    start("train_classifier.py", "--data", "table.jsonl", "--epochs", "1", "--annotate", "table.jsonl", "--to", "annotated.tsv")
+    start("finetune.py", "--data", "table.jsonl", "--classifier", "runs/classifier-001", "--max-steps", "2")
+    start("evaluate.py", "--max-new-tokens", "4")
+    assert (tmp_path / "annotated.tsv").is_file()
+    assert (tmp_path / "runs/finetune-001/best/model.safetensors").is_file()
+    assert (tmp_path / "runs/finetune-001/evaluation/table.txt").is_file()
+    assert json.loads((tmp_path / "runs/finetune-001/run.json").read_text())["arguments"]["data"] == "table.jsonl"  # as typed
+    refused = start("finetune.py", "--weighting", "hard", code=2)
+    assert refused.stderr.startswith("error: --weighting is one of") and refused.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------ finetune.py: what a run leaves
+
+def test_run_folder(base, table):
+    facts = json.loads((base / "run.json").read_text())
+    assert facts["script"] == "finetune.py" and facts["prompt"] == data.PROMPT and facts["preprocess"] == "arabert"
+    assert facts["arguments"]["weighting"] == "balanced" and facts["coefficients"] == [0.5, 1.0, 1.5] and facts["steps"] == 21
+    assert {"python", "torch", "tokenizers", "safetensors", "numpy"} == set(facts["versions"])
+    assert facts["data_fingerprint"] == data.fingerprint(data.read_pairs(table, needed=BOTH))
+    for part in (base, base / "best"):
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in part.iterdir()}
+        assert load_model(part).raw_config["sevloss"] == {"prompt": data.PROMPT, "preprocess": "arabert"}
+    assert not list(base.rglob("*.tmp"))
+    state = torch.load(base / "state" / "training.pt", weights_only=False)
+    assert state["progress"]["step"] == 21
+    assert all(torch.equal(tensor, state["model"][name]) for name, tensor in load_model(base).state_dict().items())
+
+
+def test_metrics_are_a_line_per_step(base, table):
+    """Each of this step alone; an epoch's tokens are those of the training rows."""
+    written = lines(base / "metrics.jsonl")
+    assert [list(line) for line in written] == [METRICS] * 21
+    assert [line["step"] for line in written] == list(range(1, 22))
+    train = data.split_pairs(data.read_pairs(table, needed=BOTH))["train"]
+    examples = data.encode_pairs(train, load_tokenizer(base), max_length=512, eos_id=eos_ids(load_model(base))[0], preprocess="arabert")
+    per_epoch = math.ceil(len(train) / 20)
+    for epoch in (written[:per_epoch], written[per_epoch:2 * per_epoch]):
+        assert sum(line["examples"] for line in epoch) == len(train)
+        assert sum(line["tokens"] for line in epoch) == examples.inputs.sum()
+        assert sum(line["supervised_tokens"] for line in epoch) == examples.targets.sum()
+    assert written[-1]["loss"] < 0.7 * written[0]["loss"]  # it learns
+    assert [line["lr"] for line in written] == pytest.approx([2e-3 * finetune.learning_rate(step, 21, 0.05) for step in range(21)])
+
+
+def test_learning_rate():
+    """Rises to the peak in the warm-up, then falls; never 0, where a step would be wasted."""
+    factors = [finetune.learning_rate(step, 100, 0.1) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert factors[10] == 1 and factors[9:] == sorted(factors[9:], reverse=True) and factors[55] == 0.5 and factors[99] > 0
+    assert finetune.learning_rate(0, 1, 0.05) == 1 and finetune.learning_rate(0, 3, 0) == 1
+
+
+def validation_nll(run, part, table):
+    model, tokenizer = load_model(part), load_tokenizer(part)
+    pairs = data.split_pairs(data.read_pairs(table, needed=BOTH))["validation"]
+    examples = data.encode_pairs(pairs, tokenizer, max_length=512, eos_id=eos_ids(model)[0], preprocess="arabert")
+    return metrics.per_token(metrics.response_nll(model, examples, device.choose("cpu", "fp32")), examples.targets)["nll"]
+
+
+def test_best_has_the_lowest_validation_nll_of_all_saves(folder, table, base):
+    """Also where it is not the last; unweighted, over validation rows."""
+    out, seen = folder / "worse-again", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "learning_rate", lambda step, steps, warmup: 0.1 if step < 3 else 20)
+        original = checkpoint.save_state
+        patch.setattr(checkpoint, "save_state", lambda *args: (original(*args), seen.append(validation_nll(out, out, table))))
+        call(finetune, "--ckpt", base, "--data", table, "--out", out, "--max-steps", 6, "--save-every", 1, "--dtype", "fp32", "--lr", 1e-3)
+    progress = torch.load(out / "state" / "training.pt", weights_only=False)["progress"]
+    assert 0 < np.argmin(seen) < 5  # or the test is blind
+    assert progress["best_step"] == np.argmin(seen) + 1 and progress["best"] == pytest.approx(min(seen), rel=1e-5)
+    assert validation_nll(out, out / "best", table) == pytest.approx(min(seen), rel=1e-5)
+
+
+# ------------------------------------------------------------------ finetune.py: the loss of a step
+
+@pytest.mark.parametrize("normalise", ["example", "token"])
+def test_loss_of_a_step_against_a_loop(folder, base, table, normalise):
+    """w of the probabilities; example: mean over examples of w_i times the mean over their tokens; token: mean over tokens of w_i nll."""
+    out = folder / f"loop-{normalise}"
+    call(finetune, "--ckpt", base, "--data", table, "--out", out, "--max-steps", 1, "--batch-size", 17, "--normalise", normalise,
+         "--weighting", "0.2,1,3", "--micro-tokens", 150, "--seed", 3, "--dtype", "fp32")
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    train = data.split_pairs(data.read_pairs(table, needed=BOTH))["train"]
+    examples = data.encode_pairs(train, tokenizer, max_length=512, eos_id=eos_ids(model)[0], preprocess="arabert")
+    weighted, nlls, lengths = [], [], []
+    for i in np.random.default_rng([3, 0]).permutation(len(train))[:17]:
+        ids = torch.tensor(examples.ids[examples.starts[i]:examples.starts[i + 1]], dtype=torch.long)
+        first = examples.first_target[i]
+        with torch.no_grad():
+            nll = F.cross_entropy((model(ids, [len(ids)]) @ model.head_weight.T)[first - 1:-1], ids[first:], reduction="sum")
+        weight = sum(a * p for a, p in zip((0.2, 1, 3), train[i].probabilities))
+        nlls.append(weight * nll.item())
+        lengths.append(len(ids) - first)
+        weighted.append(nlls[-1] / lengths[-1])
+    expected = np.mean(weighted) if normalise == "example" else sum(nlls) / sum(lengths)
+    assert losses(out)[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalise", ["example", "token"])
+def test_micro_batches_do_not_change_the_result(folder, base, table, normalise):
+    """The denominator is the step's, not the micro-batch's."""
+    runs = [folder / f"micro-{normalise}-{size}" for size in (1, 100, 100_000)]
+    for run in runs:
+        call(finetune, "--ckpt", base, "--data", table, "--out", run, "--max-steps", 3, "--micro-tokens", run.name.rpartition("-")[2],
+             "--normalise", normalise, "--dtype", "fp32", "--lr", 1e-3)
+    for run in runs[1:]:
+        assert losses(run) == pytest.approx(losses(runs[0]), rel=1e-5)
+        assert [line["grad_norm"] for line in lines(run / "metrics.jsonl")] == pytest.approx(
+            [line["grad_norm"] for line in lines(runs[0] / "metrics.jsonl")], rel=1e-3)
+
+
+def weights_of(folder, table, name, *arguments):
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "show_weights", lambda weights, coefficients: seen.append(weights))
+        call(finetune, "--data", table, "--out", folder / name, "--max-steps", 1, *arguments)
+    return seen[0]
+
+
+def test_weighting_none_gives_weight_1(folder, table, write_table, rows):
+    """With probabilities, and without: the plain fine-tuning that the others are compared with."""
+    train = data.split_pairs(data.read_pairs(table, needed=BOTH))["train"]
+    torch.testing.assert_close(weights_of(folder, table, "none", "--weighting", "none"), torch.ones(len(train)))
+    bare = write_table("bare.csv", [{"question": row["Question"], "answer": row["Answer"]} for row in rows])
+    assert torch.equal(weights_of(folder, bare, "bare", "--weighting", "none"), torch.ones(len(train)))
+
+
+def test_critical_rows_weigh_most(folder, table):
+    """balanced: 0.5, 1, 1.5 for the three classes, here with 0.8 of certainty."""
+    train = data.split_pairs(data.read_pairs(table, needed=BOTH))["train"]
+    expected = [(0.65, 1.0, 1.35)[p.severity] for p in train]
+    assert weights_of(folder, table, "balanced").tolist() == pytest.approx(expected)
+
+
+def test_probabilities_of_the_classifier_are_used(folder, write_table, rows, classifier):
+    """The table has none; the classifier, which has seen these complaints, gives its out-of-fold ones."""
+    bare = write_table("bare.csv", [{"question": row["Question"], "answer": row["Answer"]} for row in rows])
+    weights = weights_of(folder, bare, "annotated", "--classifier", classifier)
+    folds = json.loads((classifier / "classifier.json").read_text())["out_of_fold"]
+    train = data.split_pairs(data.read_pairs(bare, needed=BOTH))["train"]
+    expected = [sum(a * p for a, p in zip((0.5, 1, 1.5), folds[data.key(pair.complaint)])) for pair in train]
+    assert weights.tolist() == pytest.approx(expected, abs=1e-4)
+    assert len(list((classifier / "annotated").iterdir())) == 1
+
+
+def test_test_rows_do_not_reach_training(folder, table, base, write_table, rows):
+    """Other answers in the test split, and nothing changes: neither the vocabulary, nor a step, nor which one is the best."""
+    changed = [{**row, "Answer": "شيء آخر تماما"} if data.split_of(row["Question"]) == "test" else row for row in rows]
+    assert changed != rows
+    call(finetune, "--data", write_table("changed.jsonl", changed), "--out", folder / "changed", "--max-steps", 21, "--save-every", 4,
+         "--batch-size", 20)
+    assert without_seconds(folder / "changed") == without_seconds(base)
+    for part in ("", "best"):
+        for name in ("model.safetensors", "tokenizer.json"):
+            assert (folder / "changed" / part / name).read_bytes() == (base / part / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_16_bits(folder, base, table, dtype):
+    """Nearly the same losses; parameters and checkpoint stay fp32."""
+    runs = {name: folder / f"{dtype}-{name}" for name in (dtype, "fp32")}
+    for name, run in runs.items():
+        call(finetune, "--ckpt", base, "--data", table, "--out", run, "--max-steps", 3, "--dtype", name, "--lr", 1e-4)
+    assert losses(runs[dtype]) == pytest.approx(losses(runs["fp32"]), rel=0.02)
+    assert {tensor.dtype for tensor in load_model(runs[dtype]).state_dict().values()} == {torch.float32}
+
+
+# ------------------------------------------------------------------ finetune.py: stopping and going on
+
+class Stop(Exception):
+    pass
+
+
+def stop_before_save(number):
+    """Power fails just before this save: its lines of metrics are written, its state is not."""
+    patch, calls, original = pytest.MonkeyPatch(), [], checkpoint.save_state
+
+    def save_state(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise Stop
+        original(*args)
+    patch.setattr(checkpoint, "save_state", save_state)
+    return patch
+
+
+def stopped(number, *arguments):
+    patch = stop_before_save(number)
+    try:
+        with pytest.raises(Stop):
+            call(finetune, *arguments)
+    finally:
+        patch.undo()
+
+
+def test_resumed_run_is_the_same_to_the_bit(folder, table, base):
+    """With dropout, so that the random generators count; twice stopped, across the end of an epoch."""
+    dropping = folder / "dropping"
+    shutil.copytree(base, dropping)
+    config = json.loads((base / "config.json").read_text())
+    (dropping / "config.json").write_text(json.dumps(config | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.2)))
+    arguments = ["--ckpt", dropping, "--data", table, "--max-steps", 9, "--save-every", 2, "--batch-size", 20, "--dtype", "fp32"]
+    whole, parts = folder / "whole", folder / "parts"
+    call(finetune, *arguments, "--out", whole)
+
+    stopped(2, *arguments, "--out", parts)
+    assert len(lines(parts / "metrics.jsonl")) == 4  # the lines of steps 3 and 4 are to be written again
+    stopped(2, *arguments, "--out", parts, "--resume")
+    call(finetune, *arguments, "--out", parts, "--resume")
+    assert without_seconds(parts) == without_seconds(whole)
+    for name in ("model.safetensors", "best/model.safetensors", "tokenizer.json", "config.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    ended = [torch.load(run / "state" / "training.pt", weights_only=False) for run in (whole, parts)]
+    assert ended[0]["progress"] == ended[1]["progress"] and torch.equal(ended[0]["torch"], ended[1]["torch"])
+    assert losses(whole) != losses(base)[:9]
+
+    before = (parts / "model.safetensors").read_bytes()
+    call(finetune, *arguments, "--out", parts, "--resume")  # nothing is left to do
+    assert (parts / "model.safetensors").read_bytes() == before and len(lines(parts / "metrics.jsonl")) == 9
+
+
+def test_model_and_state_never_disagree_after_the_end(folder, table, base):
+    """Stopped between the two parts of the last save: going on makes good for it."""
+    out = folder / "torn"
+    arguments = ["--ckpt", base, "--data", table, "--out", out, "--max-steps", 2, "--save-every", 1, "--dtype", "fp32"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        def tear(model, tokenizer, run, original=checkpoint.save_model):
+            if (run / "state" / "training.pt").exists():
+                (run / "model.safetensors").write_bytes(b"half")
+                raise Stop
+            original(model, tokenizer, run)
+        patch.setattr(checkpoint, "save_model", tear)
+        call(finetune, *arguments)
+    call(finetune, *arguments, "--resume")
+    state = torch.load(out / "state" / "training.pt", weights_only=False)
+    assert all(torch.equal(tensor, state["model"][name]) for name, tensor in load_model(out).state_dict().items())
+
+
+def test_resume_on_other_numbers(folder, table, base):
+    """As the message on a loss that is not finite says; and from fp32 to fp16, whose scaler has no past."""
+    out = folder / "numbers"
+    arguments = ["--ckpt", base, "--data", table, "--out", out, "--max-steps", 3, "--save-every", 1, "--batch-size", 20]
+    stopped(2, *arguments, "--dtype", "fp32")
+    stopped(2, *arguments, "--dtype", "fp16", "--resume")
+    call(finetune, *arguments, "--dtype", "fp32", "--resume")
+    assert len(losses(out)) == 3
+
+
+def refusal(script, *arguments):
+    """The one line with which a script refuses."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        script.main()
+    assert left.value.code == 2
+
+
+def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, base, tmp_path, write_table, rows, capsys):
+    run = tmp_path / "run"
+    arguments = ["--data", table, "--max-steps", 21, "--save-every", 4, "--batch-size", 20, "--resume", "--out", run]
+
+    def refused(message, *more, change=None):
+        shutil.copytree(base, run)
+        if change:
+            change()
+        refusal(finetune, *arguments, *more)
+        shutil.rmtree(run)
+        last = capsys.readouterr().err
+        assert last.startswith("error: ") and last.count("\n") == 1 and message in last
+    refused("changed: --lr was 0.002, is 0.01", "--lr", 0.01)
+    refused("changed: --weighting was balanced, is mild", "--weighting", "mild")
+    refused("changed: --data was", "--data", write_table("copy.jsonl", rows))
+    refused("is broken; start again", change=lambda: (run / "state" / "training.pt").write_bytes(b"half a file"))
+    refused("was stopped before its first save", change=lambda: shutil.rmtree(run / "state"))
+    refused("has lost lines", change=lambda: (run / "metrics.jsonl").unlink())
+    refused("has lost lines", change=lambda: (run / "metrics.jsonl").write_text("{}\n"))
+    refused("cannot be read as JSON", change=lambda: (run / "run.json").write_text('{"script": "finet'))
+    refused("is no run of finetune.py", change=lambda: (run / "run.json").write_text("{}"))
+    refused("holds no run", change=lambda: (run / "run.json").unlink())
+    text = table.read_text(encoding="utf-8")
+    try:
+        table.write_text(text.replace("علاج", "دواء", 1), encoding="utf-8")
+        refused("the data of .* has changed".split(".*")[1])
+    finally:
+        table.write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------ train_classifier.py
+
+def test_classifier_run(classifier, table):
+    """Out-of-fold probabilities for all rows that were trained on, none for the test rows; the classes by name in config.json."""
+    result = json.loads((classifier / "classifier.json").read_text())
+    sides = data.split_pairs(data.read_pairs(table, needed=("complaint", "severity")))
+    keys = {data.key(p.complaint) for p in sides["train"] + sides["validation"]}
+    assert set(result["out_of_fold"]) == set(result["trained_on"]) == keys
+    assert all(sum(p) == pytest.approx(1) and min(p) >= 0 for p in result["out_of_fold"].values())
+    assert 0.05 <= result["temperature"] <= 20
+    assert {"tiny", "tiny, calibrated"} < set(result["scores"])
+    for scores in result["scores"].values():
+        assert set(scores) == {"accuracy", "macro_f1", "nll", "brier", "ece", "confusion"}
+        assert sum(map(sum, scores["confusion"])) == len(sides["train"] + sides["validation"])  # each row once, out of fold
+    assert load_model(classifier).raw_config["id2label"] == {"0": "non-critical", "1": "neutral", "2": "critical"}
+    assert json.loads((classifier / "run.json").read_text())["max_length"] == 64
+    written = lines(classifier / "metrics.jsonl")
+    assert [list(line) for line in written] == [["seed", *(name for name in METRICS if name != "supervised_tokens")]] * len(written)
+    assert [line["step"] for line in written] == list(range(1, len(written) + 1))
+
+
+def test_classifier_learns_which_class_is_which(classifier, folder, write_table, rows):
+    """On test rows; in the table that it writes, by name, so that no order of classes can go wrong between the two."""
+    unlabelled = [{"question": row["Question"], "true": row["Severity"]} for row in rows if data.split_of(row["Question"]) == "test"]
+    to = folder / "learned.jsonl"
+    call(train_classifier, "--ckpt", classifier, "--annotate", write_table("test.csv", unlabelled), "--to", to)
+    annotated = lines(to)
+    assert len(annotated) == len(unlabelled) >= 5
+    assert np.mean([row["Severity"] == row["true"] for row in annotated]) > 0.8
+    assert np.mean([max(("Non-Critical", "Neutral", "Critical"), key=row.get).lower() == row["true"] for row in annotated]) > 0.8
+
+
+def test_classifier_run_is_a_checkpoint_for_the_next(classifier, folder, table):
+    """It starts from what the first has learned: a step that changes nothing leaves the loss low."""
+    call(train_classifier, "--ckpt", classifier, "--data", table, "--out", folder / "second", "--epochs", 1, "--lr", 1e-9)
+    assert lines(folder / "second" / "metrics.jsonl")[0]["loss"] < 0.2 < lines(classifier / "metrics.jsonl")[0]["loss"]
+    assert json.loads((folder / "second" / "run.json").read_text())["preprocess"] == "arabert"
+
+
+# ------------------------------------------------------------------ evaluate.py
+
+def test_evaluation(base, table, folder, capsys):
+    """Two side by side, on the test rows alone; perplexity from sums over all tokens; all can be read back."""
+    out = folder / "compared"
+    call(evaluate, base, base / "best", "--out", out, "--max-new-tokens", 6, "--dtype", "fp32")
+    test = data.split_pairs(data.read_pairs(table, needed=BOTH))["test"]
+    scores = lines(out / "scores.jsonl")
+    assert [(s["run"], s["row"]) for s in scores if s["run"] == str(base)] == [
+        (str(base), p.row) for p in sorted(test, key=lambda p: data.fraction(p.complaint, "order"))]
+    assert len(scores) == 2 * len(test)
+    mine = [s for s in scores if s["run"] == str(base)]
+    nll = sum(s["nll"] for s in mine) / sum(s["tokens"] for s in mine)
+    text = (out / "table.txt").read_text()
+    assert f"{nll:.4f}" in text and f"{math.exp(nll):,.1f}" in text and text.splitlines()[0] in capsys.readouterr().out
+    assert [line.split()[-5] for line in text.splitlines()[2:]] == ["all", *severity.CLASSES] * 2
+    answers = lines(out / "generations.jsonl")
+    assert len(answers) == 3 and all(set(a["answers"]) == {str(base), str(base / "best")} for a in answers)
+
+
+def test_answers_are_the_models_own(base, table, folder):
+    """Greedy, from the prompt that it was trained with, with AraBERT's spaces undone."""
+    call(evaluate, base, "--out", folder / "answers", "--max-new-tokens", 8, "--dtype", "fp32")
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    for answer in lines(folder / "answers" / "generations.jsonl"):
+        prompt = torch.tensor(tokenizer.encode(data.PROMPT.format(complaint=data.prepare(answer["complaint"], "arabert"))).ids)
+        ids = prompt
+        while len(ids) < len(prompt) + 8:
+            token = (model(ids, [len(ids)])[-1] @ model.head_weight.T).argmax()
+            if token in eos_ids(model):
+                break
+            ids = torch.cat([ids, token[None]])
+        text = tokenizer.decode(ids[len(prompt):].tolist())
+        assert answer["answers"][str(base)] == evaluate.arabic.unpreprocess(text.strip()) and text.strip()
+
+
+# ------------------------------------------------------------------ refusals
+
+@pytest.fixture
+def bad(folder, tmp_path, table, base, classifier, write_table, rows):
+    """name -> path, to stand in for {name} in the arguments below"""
+    (tmp_path / "empty").mkdir()
+    return dict(
+        table=table, base=base, classifier=classifier, empty=tmp_path / "empty", new=tmp_path / "new", nowhere=tmp_path / "nowhere",
+        columns=write_table("columns.csv", [{"question": "a", "reply": "b"}]), few=write_table("few.jsonl", rows[:2]),
+        bare=write_table("bare.csv", [{"question": row["Question"], "answer": row["Answer"]} for row in rows]))
+
+
+REFUSED = [
+    (finetune, "--data {table} --weighting hard", "--weighting is one of"),
+    (finetune, "--data {table} --weighting 1,2", "or three numbers"),
+    (finetune, "--data {nowhere}.csv", "no such file"),
+    (finetune, "--data {columns}", "no column for the response; it has question, reply"),
+    (finetune, "--data {bare}", "no severity probabilities: give --classifier RUN, or --weighting none"),
+    (finetune, "--data {few}", "too few complaints"),
+    (finetune, "--data {table} --columns complaint", "ROLE=COLUMN"),
+    (finetune, "--data {table} --ckpt {nowhere}", "is neither a folder"),
+    (finetune, "--data {table} --ckpt {empty}", "has no config.json"),
+    (finetune, "--data {table} --ckpt {classifier}", "is no causal language model"),
+    (finetune, "--data {table} --classifier {base}", "is no run of train_classifier.py"),
+    (finetune, "--data {table} --resume", "--resume needs the run folder"),
+    (finetune, "--data {table} --resume --out {nowhere}", "holds no run"),
+    (finetune, "--data {table} --out {base}", "exists and is not empty"),
+    (finetune, "--data {table} --lr 0", "--lr must be positive"),
+    (finetune, "--data {table} --batch-size -1", "--batch-size must be positive"),
+    (finetune, "--data {table} --seed -1", "--seed must be at least 0"),
+    (finetune, "--data {table} --max-length 6", "too few for a prompt"),
+    (finetune, "--data {table} --device tpu", "--device is auto, cpu, cuda or cuda:N"),
+    (train_classifier, "--data {bare}", "no column for the severity"),
+    (train_classifier, "--data {table} --out {classifier}", "exists and is not empty"),
+    (train_classifier, "--data {table} --annotate {table}", "belong together"),
+    (train_classifier, "--data {table} --annotate {table} --to {bare}", "exists: remove it"),
+    (train_classifier, "--data {table} --annotate {nowhere}.csv --to {new}.csv", "no such file"),
+    (train_classifier, "--data {table} --folds 1", "--folds takes 2 or more"),
+    (train_classifier, "--data {table} --epochs 0", "--epochs must be positive"),
+    (train_classifier, "--data {table} --seed 0 -1", "--seed must be at least 0"),
+    (train_classifier, "--data {table} --ckpt {base} --out {new}", "is a language model"),
+    (evaluate, "", "there is no run yet"),
+    (evaluate, "{nowhere} --data {table}", "is neither a folder"),
+    (evaluate, "{classifier} --data {table} --out {new}", "is no causal language model"),
+    (evaluate, "{base} --data {columns}", "no column for the response"),
+    (evaluate, "{base} --data {few}", "none of its complaints falls into the test split"),
+    (evaluate, "{base} --temperature -1", "--temperature must be at least 0"),
+]
+
+
+@pytest.mark.parametrize("script, arguments, message", REFUSED, ids=[f"{s.__name__} {a}" for s, a, _ in REFUSED])
+def test_refused_in_one_line(bad, capsys, monkeypatch, tmp_path, script, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    refusal(script, *arguments.format(**bad).split())
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "runs").exists()  # nothing begun
+
+
+def test_default_runs_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("finetune-001", "finetune-007", "finetune-x", "classifier-009"):
+        Path("runs", name).mkdir(parents=True)
+    assert checkpoint.new_run(None, "finetune", False) == Path("runs/finetune-008")
+    assert checkpoint.new_run(Path("runs/finetune-001"), "finetune", False) == Path("runs/finetune-001")  # empty: taken
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path):
+    checkpoint.write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(Stop):
+        def fail(path):
+            path.write_text('{"new')
+            raise Stop
+        checkpoint.write_atomically(tmp_path / "a.json", fail)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
