@@ -7,6 +7,7 @@ import os
 import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
@@ -338,12 +339,12 @@ class Examples:
     def __len__(self):
         return len(self.first_target)
 
-    @property
+    @cached_property
     def inputs(self):
         """(n,) tokens that each example feeds: the last is only ever a target."""
         return np.diff(self.starts) - 1
 
-    @property
+    @cached_property
     def targets(self):
         """(n,) supervised tokens of each example, the L of the paper."""
         return np.diff(self.starts) - self.first_target

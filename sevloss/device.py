@@ -37,7 +37,7 @@ class Compute:
 
     def __str__(self):
         name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        return f"device {self.device}, {name}: {self.reason}"
+        return f"device {self.device}, {name}: {self.reason}" + ("; what stays fp32 is multiplied in TF32" if self.device.type == "cuda" else "")
 
 
 def choose(device="auto", dtype="auto", *, small=False):
@@ -55,7 +55,7 @@ def choose(device="auto", dtype="auto", *, small=False):
             raise InputError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
         if (device.index or 0) >= torch.cuda.device_count():
             raise InputError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # what stays fp32 uses tensor cores
+        torch.set_float32_matmul_precision("high")  # products that stay fp32 run as TF32 on tensor cores
     if dtype != "auto":
         return Compute(device, DTYPES[dtype], "as asked")
     if small:

@@ -22,7 +22,8 @@ def run(tmp_path, rows):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 8 if parameter.ndim == 2 else 1
-        model.classifier.bias -= annotate.class_logits(model, data.encode(tokenizer, complaints, special=True), CPU).mean(0)
+        bias = list(model.parameters())[-1]  # of the head
+        bias -= annotate.class_logits(model, data.encode(tokenizer, complaints, special=True), CPU).mean(0)
     run = tmp_path / "classifier"
     checkpoint.write_run_json(run, "train_classifier.py", {}, preprocess="arabert", max_length=10_000)
     checkpoint.write_json(run / "classifier.json", {"temperature": 2.0, "out_of_fold": {}, "trained_on": []})
