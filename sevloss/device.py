@@ -37,7 +37,8 @@ class Compute:
 
     def __str__(self):
         name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        return f"device {self.device}, {name}: {self.reason}" + ("; what stays fp32 is multiplied in TF32" if self.device.type == "cuda" else "")
+        tf32 = "; products that stay fp32 run in TF32" if self.device.type == "cuda" else ""
+        return f"device {self.device}, {name}: {self.reason}{tf32}"
 
 
 def choose(device="auto", dtype="auto", *, small=False):

@@ -60,9 +60,9 @@ def test_fit_temperature_finds_what_was_put_in(temperature):
     assert nll[0] == min(nll)
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.1, 10.0, 1000.0])
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_fit_temperature_stays_bounded(scale, shift):
-    """All right, or all wrong: the optimum is 0 or infinity."""
+    """Four rows, all right or all wrong: without a prior the optimum would be 0 or infinity."""
     labels = torch.tensor([0, 1, 2, 0])
-    assert 0.05 <= severity.fit_temperature(F.one_hot(labels, 3) * scale, (labels + shift) % 3) <= 20
+    assert 0.4 <= severity.fit_temperature(F.one_hot(labels, 3) * scale, (labels + shift) % 3) <= 6
