@@ -25,7 +25,8 @@ def new_run(out, kind, resume):
     if resume and not (out / "run.json").is_file():
         raise InputError(f"--resume: {out} holds no run")
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty: give another --out, or --resume to go on with it")
+        or_resume = ", or --resume to go on with it" if kind == "finetune" else ""
+        raise InputError(f"{out} exists and is not empty: give another --out{or_resume}")
     return out
 
 
