@@ -84,7 +84,6 @@ def main():
     run = checkpoint.new_run(args.out, "finetune", args.resume)
     compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
     print(compute)
-    device.seed_everything(args.seed)
 
     # Table -> pairs -> splits
     weighted = len(set(coefficients)) > 1
@@ -100,7 +99,8 @@ def main():
     if not train or not validation:
         raise InputError(f"{args.data} has too few complaints to train and validate on")
 
-    # Model and tokenizer
+    # Model and tokenizer; seeded here, so that runs that differ only in their weights start from the same model
+    device.seed_everything(args.seed)
     if args.ckpt == "tiny":
         preprocess = "none" if args.preprocess == "none" else "arabert"
         texts = [data.prepare(t, preprocess) for p in train for t in (data.PROMPT.format(complaint=p.complaint), p.response)]

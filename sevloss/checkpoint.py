@@ -3,11 +3,9 @@
 import json
 import os
 import platform
-import random
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from sevloss import InputError, hub
@@ -65,11 +63,12 @@ def check_resumed(run, script, arguments, fingerprint, free=("resume", "out", "s
 
 
 def save_state(run, model, tokenizer, optimizer, scaler, schedule, progress):
-    """The last step's model at the top of the run, and state/training.pt with all that going on needs, random generators included."""
+    """The last step's model at the top of the run, and state/training.pt with all that going on needs, torch's random generators
+    included. The order of the examples needs none: it follows from seed and step."""
     (run / "state").mkdir(exist_ok=True)
     state = {
         "progress": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-        "schedule": schedule.state_dict(), "python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
+        "schedule": schedule.state_dict(), "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     save_model(model, tokenizer, run)  # first: a stop in between is made good by going on from the state before
@@ -82,7 +81,7 @@ def load_state(run, model, optimizer, scaler, schedule):
     if not path.is_file():
         raise InputError(f"--resume: {run} was stopped before its first save; start it again in a new folder")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=False)  # our own file: it holds Python's and numpy's generators
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what broken files raise has no common class
         raise InputError(f"--resume: {path} is broken; start again in a new folder, from {run} or its best/ as --ckpt") from error
     model.load_state_dict(state["model"])
@@ -90,8 +89,6 @@ def load_state(run, model, optimizer, scaler, schedule):
     if state["scaler"]:  # empty where there was nothing to scale
         scaler.load_state_dict(state["scaler"])
     schedule.load_state_dict(state["schedule"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

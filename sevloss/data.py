@@ -56,12 +56,14 @@ def read_rows(path):
 
 
 def count_rows(path):
-    """About how many rows a table has, without parsing it: for progress bars."""
+    """How many rows a table has, without making rows of them: for progress bars."""
     path = Path(path)
     if path.suffix.lower() == ".xlsx":
         return CalamineWorkbook.from_path(path).get_sheet_by_index(0).total_height - 1
-    with open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(2 ** 20), b"")) - (path.suffix.lower() != ".jsonl")
+    if path.suffix.lower() == ".jsonl":
+        with open(path, "rb") as file:
+            return sum(1 for line in file if line.strip())
+    return sum(1 for _ in _csv_lines(path)) - 1  # a cell may hold line breaks, so lines of the file are not rows
 
 
 def _read_jsonl(path):
@@ -79,16 +81,23 @@ def _read_jsonl(path):
 
 
 def _read_csv(path):
+    lines = _csv_lines(path)
+    _, header = next(lines, (1, []))
+    for number, cells in lines:
+        yield number, _row(header, cells)
+
+
+def _csv_lines(path):
+    """(line of the file, cells) of the header and of every row that is not empty."""
     csv.field_size_limit(2 ** 31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        start = 1
         try:
-            header = [name.strip() for name in next(reader, [])]
-            start = reader.line_num + 1
             for cells in reader:
                 cells = [cell.strip() for cell in cells]
                 if any(cells):
-                    yield start, _row(header, cells)
+                    yield start, cells
                 start = reader.line_num + 1
         except csv.Error as error:
             raise InputError(f"{path}, near line {reader.line_num}: {error}; quote marks inside a cell must be doubled") from error

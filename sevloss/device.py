@@ -1,11 +1,10 @@
 """Which device, which numbers: decided here once, printed with the reason."""
 
 import contextlib
-import random
 import resource
+import sys
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from sevloss import InputError
@@ -33,7 +32,7 @@ class Compute:
         """Bytes: CUDA's peak allocation, or the process's peak resident size."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS: bytes
 
     def __str__(self):
         name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
@@ -71,7 +70,5 @@ def choose(device="auto", dtype="auto", *, small=False):
 
 
 def seed_everything(seed):
-    """Python, numpy and torch on all devices."""
-    random.seed(seed)
-    np.random.seed(seed)
+    """torch's generators on all devices; nothing here draws from Python's or numpy's global ones."""
     torch.manual_seed(seed)

@@ -102,7 +102,7 @@ def test_run_folder(base, table):
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in part.iterdir()}
         assert load_model(part).raw_config["sevloss"] == {"prompt": data.PROMPT, "preprocess": "arabert"}
     assert not list(base.rglob("*.tmp"))
-    state = torch.load(base / "state" / "training.pt", weights_only=False)
+    state = torch.load(base / "state" / "training.pt", weights_only=True)
     assert state["progress"]["step"] == 21
     assert all(torch.equal(tensor, state["model"][name]) for name, tensor in load_model(base).state_dict().items())
 
@@ -146,7 +146,7 @@ def test_best_has_the_lowest_validation_nll_of_all_saves(folder, table, base):
         original = checkpoint.save_state
         patch.setattr(checkpoint, "save_state", lambda *args: (original(*args), seen.append(validation_nll(out, out, table))))
         call(finetune, "--ckpt", base, "--data", table, "--out", out, "--max-steps", 6, "--save-every", 1, "--dtype", "fp32", "--lr", 1e-3)
-    progress = torch.load(out / "state" / "training.pt", weights_only=False)["progress"]
+    progress = torch.load(out / "state" / "training.pt", weights_only=True)["progress"]
     assert 0 < np.argmin(seen) < 5  # or the test is blind
     assert progress["best_step"] == np.argmin(seen) + 1 and progress["best"] == pytest.approx(min(seen), rel=1e-5)
     assert validation_nll(out, out / "best", table) == pytest.approx(min(seen), rel=1e-5)
@@ -293,7 +293,7 @@ def test_resumed_run_is_the_same_to_the_bit(folder, table, base, monkeypatch):
     assert without_seconds(parts) == without_seconds(whole)
     for name in ("model.safetensors", "best/model.safetensors", "tokenizer.json", "config.json"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
-    ended = [torch.load(run / "state" / "training.pt", weights_only=False) for run in (whole, parts)]
+    ended = [torch.load(run / "state" / "training.pt", weights_only=True) for run in (whole, parts)]
     assert ended[0]["progress"] == ended[1]["progress"] and torch.equal(ended[0]["torch"], ended[1]["torch"])
     assert ended[0]["progress"]["best_step"] == 2  # or a forgotten best would not show
 
@@ -317,7 +317,7 @@ def test_model_and_state_never_disagree_after_the_end(folder, table, base):
         patch.setattr(checkpoint, "save_model", tear)
         call(finetune, *arguments)
     call(finetune, *arguments, "--resume")
-    state = torch.load(out / "state" / "training.pt", weights_only=False)
+    state = torch.load(out / "state" / "training.pt", weights_only=True)
     assert all(torch.equal(tensor, state["model"][name]) for name, tensor in load_model(out).state_dict().items())
 
 

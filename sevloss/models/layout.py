@@ -9,7 +9,6 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 
 class Documents:
@@ -48,6 +47,7 @@ class Documents:
 
     def _attend_varlen(self, q, k, v, scale):
         # The flash kernel for ragged batches; it exists on CUDA (Ampere or newer) in 16 bits, without dropout.
+        from torch.nn.attention.varlen import varlen_attn  # here, as it takes a second to import
         starts = self._cuda_rows()[2]
         window = (-1, 0) if self.causal else (-1, -1)
         return varlen_attn(q, k, v, starts, starts, self.longest, self.longest, scale=scale, window_size=window,
