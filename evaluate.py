@@ -36,10 +36,18 @@ def parse_arguments():
 
 
 def newest_run():
-    runs = sorted(Path("runs").glob("finetune-*/run.json"), key=lambda p: p.stat().st_mtime)
+    runs = [path.parent for path in Path("runs").glob("*/run.json") if facts_of(path.parent).get("script") == "finetune.py"]
     if not runs:
         raise InputError("there is no run yet: python finetune.py makes one, or name a run or checkpoint")
-    return str(runs[-1].parent)
+    return str(max(runs, key=lambda run: (run / "run.json").stat().st_mtime))
+
+
+def facts_of(name):
+    """run.json of a run or of its best/; {} for a plain checkpoint."""
+    for folder in (Path(name), Path(name).resolve().parent):
+        if (folder / "run.json").is_file():
+            return hub.read_json(folder / "run.json")
+    return {}
 
 
 def test_rows(table, columns, most):
@@ -60,7 +68,9 @@ def class_of(pair):
 
 def answer(model, tokenizer, pairs, preprocess, args, compute):
     limit = min(args.max_length, model.config.context) - args.max_new_tokens
-    prompts, _ = data.encode_prompts(tokenizer, [data.prepare(p.complaint, preprocess) for p in pairs], limit)
+    prompts, cut = data.encode_prompts(tokenizer, [data.prepare(p.complaint, preprocess) for p in pairs], limit)
+    if cut:
+        print(f"  {cut:,} of {len(pairs):,} complaints to answer were cut to leave room for {args.max_new_tokens} new tokens")
     with compute.autocast():
         ids = generate(model, prompts, max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model), temperature=args.temperature,
                        seed=args.seed)
@@ -78,6 +88,9 @@ def evaluate(name, pairs, shown, args):
     model.to(compute.device)
     preprocess = data.choose_preprocess("auto", name, model.raw_config)
     max_length = min(args.max_length, model.config.context)
+    if args.max_new_tokens > max_length // 2:
+        raise InputError(f"--max-new-tokens {args.max_new_tokens} leaves too little of {max_length} tokens for the complaint: "
+                         f"{max_length // 2} at most")
     examples = data.encode_pairs(pairs, tokenizer, max_length=max_length, eos_id=eos_ids(model)[0], preprocess=preprocess)
     with tqdm(total=len(pairs), unit="row", desc=name, mininterval=1) as bar:
         nll = metrics.response_nll(model, examples, compute, progress=bar)
@@ -88,8 +101,9 @@ def evaluate(name, pairs, shown, args):
 def main():
     args = parse_arguments()
     runs = args.runs or [newest_run()]
-    first = Path(runs[0]) / "run.json"
-    trained = hub.read_json(first) if first.is_file() else {}
+    for name in runs:
+        hub.local_folder(name)  # refuses what cannot be loaded before any work is done
+    trained = next((facts for facts in map(facts_of, runs) if "table" in facts), {})
     table, columns = args.data or trained.get("table", data.SAMPLE), data.parse_columns(args.columns)
     pairs = test_rows(table, columns if args.data else trained.get("columns", columns), args.rows)
     classes = [class_of(p) for p in pairs]

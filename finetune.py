@@ -57,6 +57,8 @@ def parse_arguments():
     args.lr = args.lr if args.lr is not None else 2e-3 if tiny else 5e-5
     check_positive(args, "epochs", "max_steps", "max_length", "lr", "batch_size", "clip", "micro_tokens", "save_every",
                    or_zero=("warmup", "weight_decay", "seed"))
+    if args.warmup > 1:
+        raise InputError(f"--warmup is a share of the steps, at most 1, not {args.warmup}")
     return args
 
 
@@ -90,6 +92,8 @@ def main():
     table, columns = args.data, data.parse_columns(args.columns)
     if weighted and args.classifier:
         table, columns = annotate.annotated(args.classifier, table, columns, compute), {}
+    elif args.classifier:
+        print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not asked")
     needed = ("complaint", "response", "critical") if weighted else ("complaint", "response")
     pairs = data.read_pairs(table, needed=needed, columns=columns)
     fingerprint = data.fingerprint(pairs)

@@ -55,7 +55,9 @@ def parse_arguments():
     if min(args.seed) < 0:
         raise InputError(f"--seed must be at least 0, not {min(args.seed)}")
     args.lr = args.lr if args.lr is not None else 1e-3 if args.ckpt == "tiny" else 3e-5
-    check_positive(args, "max_length", "epochs", "lr", "batch_size", or_zero=("patience", "weight_decay"))
+    check_positive(args, "max_length", "epochs", "lr", "batch_size", or_zero=("patience", "weight_decay", "label_smoothing"))
+    if args.max_length < 8 or args.label_smoothing >= 1:
+        raise InputError("--max-length must be at least 8, --label-smoothing less than 1")
     return args
 
 
@@ -162,17 +164,24 @@ def baselines(train, validation, scored):
             "linear on n-grams, calibrated": linear / temperature}
 
 
-def out_of_fold(args, compute, pairs, preprocess):
-    """`pairs` in the order of their folds, and {name: logits} from models that have not seen them, encoder and baselines."""
-    fold_of = {p.row: int(data.fraction(p.complaint, "fold") * args.folds) for p in pairs}  # by complaint: none in two folds
-    ordered, parts = [], defaultdict(list)
-    for fold in range(args.folds):
-        scored = [p for p in pairs if fold_of[p.row] == fold]
-        others = [p for p in pairs if fold_of[p.row] != fold]
+def make_folds(pairs, folds):
+    """A list of (train, validation, scored), by complaint, so that none stands on two sides."""
+    parts = []
+    for fold in range(folds):
+        scored = [p for p in pairs if int(data.fraction(p.complaint, "fold") * folds) == fold]
+        others = [p for p in pairs if int(data.fraction(p.complaint, "fold") * folds) != fold]
         validation = [p for p in others if data.fraction(p.complaint, "inner") < 0.125]
         train = [p for p in others if data.fraction(p.complaint, "inner") >= 0.125]
         if not (scored and train and validation):
-            raise InputError(f"--folds {args.folds} leaves a fold of {len(pairs)} rows empty: use fewer")
+            raise InputError(f"--folds {folds} leaves a fold of {len(pairs)} rows empty: use fewer")
+        parts.append((train, validation, scored))
+    return parts
+
+
+def out_of_fold(args, compute, pairs, preprocess):
+    """`pairs` in the order of their folds, and {name: logits} from models that have not seen them, encoder and baselines."""
+    ordered, parts = [], defaultdict(list)
+    for fold, (train, validation, scored) in enumerate(make_folds(pairs, args.folds)):
         label = f"fold {fold + 1}/{args.folds}"
         model, tokenizer, _, temperature = fit(args, compute, train, validation, preprocess, args.seed[0], label=label)
         logits = predict(args, compute, model, tokenizer, scored, preprocess)
@@ -189,7 +198,9 @@ def main():
     if args.annotate:  # what would fail should fail before hours of training
         annotate.check_target(args.to)
         annotate.fingerprint(args.annotate)
-    annotate_only = bool(args.annotate) and not args.data and (Path(args.ckpt) / "classifier.json").is_file()
+    annotate_only = bool(args.annotate) and not args.data
+    if annotate_only and not (Path(args.ckpt) / "classifier.json").is_file():
+        raise InputError(f"{args.ckpt} is no finished run of this script, so it cannot annotate: give one, or --data to train one first")
     compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
     print(compute)
     run = Path(args.ckpt) if annotate_only else train_and_save(args, compute)
@@ -209,8 +220,16 @@ def train_and_save(args, compute):
         print(f"  {conflicts:,} complaints occur with different labels; their shares are the target")
     if not train or not validation:
         raise InputError(f"{table} has too few complaints to train and validate on")
+    before, known = Path(args.ckpt) / "classifier.json", {data.key(p.complaint) for p in train + validation}
+    trained_on = set(hub.read_json(before)["trained_on"]) if before.is_file() else set()
+    if args.folds:
+        make_folds(train + validation, args.folds)  # refuses what cannot be split
+        if trained_on & known:
+            raise InputError(f"{args.ckpt} was trained on these complaints: --folds would score what it has seen; use another --ckpt")
+    start(args, [p.complaint for p in train], args.seed[0])  # refuses a checkpoint that does not fit, before anything is written
     raw = {} if args.ckpt == "tiny" else hub.read_json(hub.local_folder(args.ckpt) / "config.json")
     preprocess = "arabert" if (args.ckpt, args.preprocess) == ("tiny", "auto") else data.choose_preprocess(args.preprocess, args.ckpt, raw)
+    print(f"{args.ckpt}: preprocessing {preprocess}")
     checkpoint.write_run_json(run, "train_classifier.py", vars(args), preprocess=preprocess, max_length=args.max_length,
                               compute=str(compute), data_fingerprint=data.fingerprint(pairs))
 
@@ -244,7 +263,7 @@ def train_and_save(args, compute):
     checkpoint.write_json(run / "classifier.json", {
         "temperature": temperature, "scores": {name: severity.scores(z, labels) for name, z in results.items()},
         "seeds": dict(zip(map(str, args.seed), by_seed)), "out_of_fold": unseen,
-        "trained_on": sorted({data.key(p.complaint) for p in train + validation})})
+        "trained_on": sorted(trained_on | known)})
     report.write_classifier_report(run, scored, results, encoder=args.ckpt, basis=basis)
     print(f"\n{basis}\n")
     print(terminal.table(["model", *report.SCORE_NAMES.values()], report.score_rows(results, labels)))

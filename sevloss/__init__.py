@@ -1,7 +1,13 @@
 """Severity-aware fine-tuning for Arabic medical text generation, in plain PyTorch."""
 
 import functools
+import math
+import os
 import sys
+
+# Every ragged batch has a shape of its own, and oneDNN keeps what it prepared for each of the last 1,024: hundreds of megabytes.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
 class InputError(ValueError):
@@ -12,7 +18,7 @@ def check_positive(args, *names, or_zero=()):
     """InputError unless the arguments `names` are above 0, and those of `or_zero` at least 0; None passes."""
     for name in (*names, *or_zero):
         value = getattr(args, name)
-        if value is not None and not (value > 0 or (value == 0 and name in or_zero)):
+        if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in or_zero))):
             raise InputError(f"--{name.replace('_', '-')} must be {'at least 0' if name in or_zero else 'positive'}, not {value}")
 
 
@@ -22,7 +28,7 @@ def command(main):
     def run():
         try:
             main()
-        except InputError as error:
+        except (InputError, OSError) as error:  # OSError: a full disk, a folder where a file should be
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

@@ -59,10 +59,15 @@ class Classifier:
         facts = hub.read_json(Path(run) / "run.json") if (Path(run) / "run.json").is_file() else {}
         if facts.get("script") != "train_classifier.py":
             raise InputError(f"{run} is no run of train_classifier.py")
+        if not (Path(run) / "classifier.json").is_file():
+            raise InputError(f"{run} was stopped before it was finished: train it again")
         result = hub.read_json(Path(run) / "classifier.json")
         model = load_model(run, device=compute.device)
-        return cls(Path(run), model, load_tokenizer(run), result["temperature"], facts["preprocess"],
-                   min(facts["max_length"], model.config.context), result["out_of_fold"], set(result["trained_on"]))
+        try:
+            return cls(Path(run), model, load_tokenizer(run), result["temperature"], facts["preprocess"],
+                       min(facts["max_length"], model.config.context), result["out_of_fold"], set(result["trained_on"]))
+        except KeyError as error:
+            raise InputError(f"{run} is broken, {error} is missing in its run.json or classifier.json: train it again") from error
 
     def probabilities(self, complaints, compute, progress=None):
         """(n, 3) calibrated probabilities of (non-critical, neutral, critical); number of complaints cut to the longest length.
@@ -93,7 +98,7 @@ def check_target(to):
 def annotate_table(classifier, table, to, columns, compute):
     """Writes the table with the paper's six fields, then its other columns, to a .jsonl, .csv or .tsv file, rows in their order.
 
-    Severity is the likeliest class, or the label that the row came with. Rows that cannot be scored are counted by reason.
+    Severity is the likeliest class; a label that the row came with stays. Rows that cannot be scored are counted by reason.
     Until it is complete the file is called `to`.partial; the same call goes on after its last chunk, so memory and what a stop
     can lose are bounded by CHUNK rows.
     """
@@ -103,7 +108,8 @@ def annotate_table(classifier, table, to, columns, compute):
     partial, journal = Path(f"{to}.partial"), Path(f"{to}.partial.json")
     work = {"table": fingerprint(table), "classifier": fingerprint(classifier.run / "classifier.json"), "columns": columns}
     before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
-    state = before if before.get("work") == work else {"work": work, "rows": 0, "bytes": 0, "cut": 0, "seen": 0}
+    fresh = {"work": work, "rows": 0, "bytes": 0, "cut": 0, "seen": 0, "labelled": 0}
+    state = before if before.get("work") == work else fresh
 
     skipped = data.Skipped()
     pairs = data.iterate_pairs(table, needed=("complaint",), columns=columns, skipped=skipped)
@@ -111,11 +117,11 @@ def annotate_table(classifier, table, to, columns, compute):
         print(f"{to}: going on after row {state['rows']:,}")
         for _ in islice(pairs, state["rows"]):
             pass
-    chunk = list(islice(pairs, CHUNK))  # read before anything is written
+    chunk, total = list(islice(pairs, CHUNK)), data.count_rows(table)  # read before anything is written
     if not chunk and not state["rows"]:
         raise InputError(f"{table}: no row could be scored; {skipped}")
     with open(partial, "r+" if state["rows"] else "w", encoding="utf-8", newline="") as file, \
-            tqdm(total=data.count_rows(table), initial=state["rows"], unit="row", desc="severity", mininterval=1) as bar:
+            tqdm(total=total, initial=state["rows"], unit="row", desc="severity", mininterval=1) as bar:
         file.truncate(state["bytes"])
         file.seek(0, os.SEEK_END)
         while chunk:
@@ -124,7 +130,8 @@ def annotate_table(classifier, table, to, columns, compute):
             write_rows(file, to.suffix.lower(), chunk, probabilities, header=not state["rows"])
             file.flush()
             state |= {"rows": state["rows"] + len(chunk), "bytes": file.tell(), "cut": state["cut"] + cut,
-                      "seen": state["seen"] + classifier.seen(complaints)}
+                      "seen": state["seen"] + classifier.seen(complaints),
+                      "labelled": state["labelled"] + sum(p.severity is not None for p in chunk)}
             checkpoint.write_json(journal, state)
             chunk = list(islice(pairs, CHUNK))
     os.replace(partial, to)
@@ -132,6 +139,8 @@ def annotate_table(classifier, table, to, columns, compute):
     print(f"wrote {to}: {state['rows']:,} rows, {state['cut']:,} complaints cut to {classifier.max_length} tokens")
     if skipped.rows:
         print(f"  {skipped}")
+    if state["labelled"]:
+        print(f"  {state['labelled']:,} rows came with a severity, which stays; without that column it would be the likeliest class")
     if state["seen"]:
         print(f"  the classifier was trained on {state['seen']:,} of these complaints, so it is too sure of them: train it with --folds 5")
 
@@ -152,13 +161,14 @@ def write_rows(file, suffix, pairs, probabilities, *, header):
     """Appends rows in the form that `suffix` names."""
     rows = []
     for pair, row in zip(pairs, probabilities.tolist()):
-        label = CLASSES[pair.severity if pair.severity is not None else max(range(3), key=row.__getitem__)]
-        fields = dict(zip(FIELDS, (pair.complaint, pair.response, label, *(round(p, 6) for p in row))))
-        rows.append(fields | {name: cell for name, cell in pair.others.items() if name not in fields})
+        label = pair.severity if pair.severity is not None else max(range(3), key=row.__getitem__)
+        fields = dict(zip(FIELDS, (pair.complaint, pair.response, CLASSES[label], *(round(p, 6) for p in row))))
+        rows.append(fields | {f"{name} (of the table)" if name in fields else name: cell for name, cell in pair.others.items()})
     if suffix == ".jsonl":
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         return
-    writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",", extrasaction="ignore", lineterminator="\n")
+    # "\r\n" ends rows, as then a "\r" inside a cell is quoted
+    writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\r\n")
     if header:
         writer.writeheader()
     writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""Training state and run folders: numbered, never overwritten by accident, written so that a reader never sees half a file."""
+"""Training state and run folders: numbered, never overwritten by accident; state and records never stand there half written."""
 
 import json
 import os
@@ -54,11 +54,12 @@ def check_resumed(run, script, arguments, fingerprint, free=("resume", "out", "s
     before = hub.read_json(run / "run.json")
     if before.get("script") != script:
         raise InputError(f"--resume: {run} is no run of {script}")
-    changed = [f"--{name.replace('_', '-')} was {before['arguments'].get(name)}, is {value}" for name, value in arguments.items()
-               if name not in free and before["arguments"].get(name) != value]
+    then = before.get("arguments", {})
+    changed = [f"--{name.replace('_', '-')} was {then.get(name)}, is {value}" for name, value in arguments.items()
+               if name not in free and then.get(name) != value]
     if changed:
         raise InputError(f"--resume goes on with the same run; changed: {'; '.join(changed)}")
-    if before["data_fingerprint"] != fingerprint:
+    if before.get("data_fingerprint") != fingerprint:
         raise InputError(f"--resume: the data of {run} has changed since it began; start a new run")
 
 

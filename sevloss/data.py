@@ -4,8 +4,10 @@ import csv
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -45,11 +47,17 @@ def read_rows(path):
     path = Path(path)
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".tsv": _read_csv, ".xlsx": _read_xlsx}
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file; --data names another table")
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: a table is one of {', '.join(readers)}, not {path.suffix or 'a file without an ending'}")
+    yield from readers[path.suffix.lower()](path)
+
+
+@contextmanager
+def _open_utf8(path):
     try:
-        yield from readers[path.suffix.lower()](path)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield file
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start} of a block is 0x{error.object[error.start]:02x}): "
                          f"save it as UTF-8, e.g. iconv -f WINDOWS-1256 -t UTF-8") from error
@@ -59,7 +67,7 @@ def count_rows(path):
     """How many rows a table has, without making rows of them: for progress bars."""
     path = Path(path)
     if path.suffix.lower() == ".xlsx":
-        return CalamineWorkbook.from_path(path).get_sheet_by_index(0).total_height - 1
+        return CalamineWorkbook.from_path(path).get_sheet_by_index(0).height - 1
     if path.suffix.lower() == ".jsonl":
         with open(path, "rb") as file:
             return sum(1 for line in file if line.strip())
@@ -67,7 +75,7 @@ def count_rows(path):
 
 
 def _read_jsonl(path):
-    with open(path, encoding="utf-8-sig") as file:
+    with _open_utf8(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -82,7 +90,7 @@ def _read_jsonl(path):
 
 def _read_csv(path):
     lines = _csv_lines(path)
-    _, header = next(lines, (1, []))
+    header = _header(path, next(lines, (1, []))[1])
     for number, cells in lines:
         yield number, _row(header, cells)
 
@@ -90,7 +98,7 @@ def _read_csv(path):
 def _csv_lines(path):
     """(line of the file, cells) of the header and of every row that is not empty."""
     csv.field_size_limit(2 ** 31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with _open_utf8(path) as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         start = 1
         try:
@@ -106,13 +114,19 @@ def _csv_lines(path):
 def _read_xlsx(path):
     try:
         rows = CalamineWorkbook.from_path(path).get_sheet_by_index(0).iter_rows()
-        header = [_text(cell) for cell in next(rows, [])]
+        header = _header(path, [_text(cell) for cell in next(rows, [])])
         for number, cells in enumerate(rows, 2):
             cells = [_text(cell) for cell in cells]
             if any(cells):
                 yield number, _row(header, cells)
     except (CalamineError, OSError, IndexError) as error:
         raise InputError(f"{path} cannot be read as an Excel workbook: {str(error).splitlines()[0]}") from error
+
+
+def _header(path, names):
+    if twice := [name for i, name in enumerate(names) if name and name in names[:i]]:
+        raise InputError(f"{path} has two columns called {twice[0]!r}: rename one")
+    return names
 
 
 def _row(header, cells):
@@ -140,6 +154,8 @@ def find_columns(path, columns, given, needed):
             found[role] = match
     if 0 < len(set(PROBABILITIES) & set(found)) < 3:
         raise InputError(f"{path} has some but not all of the columns {', '.join(PROBABILITIES)}")
+    if shared := [name for name in found.values() if list(found.values()).count(name) > 1]:
+        raise InputError(f"{path}: --columns gives the column {shared[0]!r} two roles")
     for role in needed:
         if role not in found and role in PROBABILITIES:
             raise InputError(f"{path} has no severity probabilities: give --classifier RUN, or --weighting none, or name their columns: "
@@ -215,29 +231,42 @@ def _pair(number, row, found, needed, others):
         raise ValueError("with more cells than the header")
     value = {role: row.get(name, "") for role, name in found.items()}
     for role in ("complaint", "response"):
-        if role in needed and not value[role]:
+        if role in needed and not any(c.isalnum() for c in value[role]):  # an emoji alone is no text either
             raise ValueError(f"without a {role}")
-    label, probabilities = None, None
-    if value.get("severity"):
-        label = LABELS.get(_plain(value["severity"]))
-        if label is None:
-            raise ValueError("with a severity other than non-critical, neutral, critical")
-    elif "severity" in needed:
-        raise ValueError("without a severity")
-    if "critical" in found and any(value[name] for name in PROBABILITIES):
-        try:
-            probabilities = tuple(float(value[name]) for name in PROBABILITIES)
-        except ValueError:
-            raise ValueError("with a probability that is no number") from None
-        if not all(p >= 0 for p in probabilities):  # NaN fails too
-            raise ValueError("with a probability that is negative or NaN")
-        if abs(sum(probabilities) - 1) > 0.02:  # three values rounded to two decimals may miss 1 by 0.015
-            raise ValueError("with probabilities that do not sum to 1")
-        probabilities = tuple(p / sum(probabilities) for p in probabilities)
-    elif "critical" in needed:
-        raise ValueError("without probabilities")
+    try:
+        label, probabilities = _label(value), _probabilities(value)
+    except ValueError:
+        if needed != ("complaint",):
+            raise
+        label, probabilities = None, None  # to be scored, so what it came with does not matter
+    for role, there in (("severity", label is not None), ("critical", probabilities)):
+        if role in needed and not there:
+            raise ValueError("without a severity" if role == "severity" else "without probabilities")
     return Pair(number, value["complaint"], value.get("response", ""), label, probabilities, value.get("specialty", ""),
                 {name: row.get(name, "") for name in others})
+
+
+def _label(value):
+    if not value.get("severity"):
+        return None
+    label = LABELS.get(_plain(value["severity"]))
+    if label is None:
+        raise ValueError("with a severity other than non-critical, neutral, critical")
+    return label
+
+
+def _probabilities(value):
+    if not any(value.get(name) for name in PROBABILITIES):
+        return None
+    try:
+        probabilities = tuple(float(value[name]) for name in PROBABILITIES)
+    except ValueError:
+        raise ValueError("with a probability that is no number") from None
+    if not all(p >= 0 for p in probabilities):  # NaN fails too
+        raise ValueError("with a probability that is negative or NaN")
+    if abs(sum(probabilities) - 1) > 0.02:  # three values rounded to two decimals may miss 1 by 0.015
+        raise ValueError("with probabilities that do not sum to 1")
+    return tuple(p / sum(probabilities) for p in probabilities)
 
 
 def read_pairs(path, *, needed, columns=None):
@@ -301,6 +330,8 @@ def choose_preprocess(choice, ckpt, raw_config):
         return choice
     stored = raw_config.get("sevloss", {}).get("preprocess")
     names = (str(ckpt) + " " + str(raw_config.get("_name_or_path", ""))).lower()
+    if not stored and re.search(r"arabertv[12]\b", names):
+        print(f"{ckpt} was trained on text cut by the Farasa segmenter, which is not done here: arabertv02 fits better")
     return stored or ("arabert" if "arabert" in names or "aragpt2" in names else "none")
 
 

@@ -9,6 +9,7 @@ import torch
 from sevloss import InputError, annotate, checkpoint, data, device
 from sevloss.models import load_model, save_model
 from sevloss.models.tiny import tiny_bert
+from sevloss.severity import CLASSES
 
 CPU = device.choose("cpu", "fp32")
 
@@ -207,7 +208,7 @@ def test_no_run_of_the_classifier(tmp_path, run, golden):
     with pytest.raises(InputError, match="is no run of train_classifier.py"):
         annotate.Classifier.load(golden / "bert", CPU)
     (run / "classifier.json").unlink()  # it was stopped before its end
-    with pytest.raises(InputError, match="classifier.json cannot be read"):
+    with pytest.raises(InputError, match="was stopped before it was finished"):
         annotate.Classifier.load(run, CPU)
 
 
@@ -218,3 +219,27 @@ def test_logits_keep_the_order_of_the_texts(run):
     logits = annotate.class_logits(model, texts, CPU, most_tokens=20)
     for ids, row in zip(texts, logits):
         torch.testing.assert_close(row, model.classify(torch.tensor(ids), [len(ids)])[0].detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_lone_carriage_return_stays_inside_its_cell(classifier, write_table, rows, tmp_path):
+    table = write_table("table.jsonl", [{"Question": "صداع\rمن يومين", "Answer": "راحة"}, *rows[:3]])
+    for ending in ("csv", "tsv"):
+        annotate.annotate_table(classifier, table, tmp_path / f"new.{ending}", {}, CPU)
+        pairs = data.read_pairs(tmp_path / f"new.{ending}", needed=("complaint", "response"))
+        assert len(pairs) == 4 and "يومين" in pairs[0].complaint and pairs[0].response == "راحة"
+
+
+def test_annotation_needs_the_complaint_alone(classifier, write_table, tmp_path, capsys):
+    """What else is wrong with a row does not matter: its severity is what is looked for."""
+    table = write_table("table.jsonl", [{"Question": "صداع", "Severity": "urgent"}, {"Question": "حمى", "Severity": "حرج"}])
+    annotate.annotate_table(classifier, table, tmp_path / "new.jsonl", {}, CPU)
+    annotated = read(tmp_path / "new.jsonl")
+    assert len(annotated) == 2 and annotated[0]["Severity"] in CLASSES and annotated[1]["Severity"] == "critical"
+    assert "1 rows came with a severity, which stays" in capsys.readouterr().out
+
+
+def test_columns_that_share_a_name_with_a_field_are_kept(classifier, write_table, tmp_path):
+    table = write_table("table.jsonl", [{"Title": "صداع شديد", "Question": "عنوان", "Answer": "راحة"}])
+    annotate.annotate_table(classifier, table, tmp_path / "new.jsonl", {"complaint": "Title"}, CPU)
+    row = read(tmp_path / "new.jsonl")[0]
+    assert (row["Question"], row["Question (of the table)"]) == ("صداع شديد", "عنوان")

@@ -1,5 +1,6 @@
 """Tables, splits and batches: what is read, what is left out and why, and where the supervised tokens lie."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -344,3 +345,28 @@ def test_sample_is_usable():
     pairs = data.read_pairs(data.SAMPLE, needed=(*BOTH, "severity"))
     for side in data.split_pairs(pairs).values():
         assert all(n >= 3 for n in Counter(p.severity for p in side).values()) and {p.severity for p in side} == {0, 1, 2}
+
+
+def test_a_column_has_one_name_and_one_role(write_table, rows, tmp_path):
+    twice = tmp_path / "twice.csv"
+    twice.write_text("question,question,answer\nا,ب,ج\n", encoding="utf-8")
+    with pytest.raises(InputError, match="two columns called 'question'"):
+        read(twice)
+    with pytest.raises(InputError, match="gives the column 'Answer' two roles"):
+        read(write_table("table.csv", rows[:3]), complaint="Answer")
+
+
+def test_lists_and_lone_symbols_are_no_text(tmp_path):
+    table = tmp_path / "table.jsonl"
+    answers = ["نعم", ["نعم", "لا"], {"نعم": 1}, "👍", "\u200b", "؟"]
+    table.write_text("".join(json.dumps({"question": "سؤال", "answer": a}) + "\n" for a in answers), encoding="utf-8")
+    assert [pair.row for pair in read(table)[0]] == [1]
+
+
+def test_rows_are_counted_as_rows(write_table, hard_rows, tmp_path):
+    for ending in ("jsonl", "csv", "tsv", "xlsx"):
+        assert data.count_rows(write_table(f"table.{ending}", hard_rows)) == len(hard_rows)
+    late = tmp_path / "late.csv"
+    late.write_bytes(b"question,answer\n" + "سؤال,جواب\n".encode() * 9000 + "سؤال,جواب\n".encode("cp1256"))
+    with pytest.raises(InputError, match="is not UTF-8"):
+        data.count_rows(late)

@@ -520,3 +520,27 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path):
             raise Stop
         checkpoint.write_atomically(tmp_path / "a.json", fail)
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+
+
+def test_folds_refuse_a_model_that_has_seen_the_rows(classifier, table, tmp_path, capsys):
+    """Out-of-fold scores of a checkpoint that was trained on the same complaints would be a leak."""
+    refusal(train_classifier, "--ckpt", classifier, "--data", table, "--folds", 2, "--out", tmp_path / "new")
+    assert "was trained on these complaints" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_annotation_does_not_train_by_itself(table, tmp_path, capsys):
+    """A run that was stopped, or a plain encoder, must not be replaced by a model of the embedded sample."""
+    refusal(train_classifier, "--ckpt", tmp_path, "--annotate", table, "--to", tmp_path / "new.jsonl")
+    assert "is no finished run" in capsys.readouterr().err
+
+
+def test_evaluation_finds_table_and_run(base, folder, tmp_path, monkeypatch):
+    """best/ is scored on the rows of its run; without arguments the newest run is taken, whatever its name."""
+    facts = evaluate.facts_of(base)
+    assert facts["script"] == "finetune.py" and evaluate.facts_of(base / "best") == facts
+    for name, script in (("runs/balanced", "finetune.py"), ("runs/finetune-001", "finetune.py"), ("runs/severity", "train_classifier.py")):
+        checkpoint.write_run_json(tmp_path / name, script, {})
+    for age, name in enumerate(("runs/severity", "runs/balanced", "runs/finetune-001")):
+        os.utime(tmp_path / name / "run.json", (1e9 - age, 1e9 - age))
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.newest_run() == "runs/balanced"

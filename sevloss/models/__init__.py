@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -69,8 +69,14 @@ def build(family, raw):
         config = family.Config(**{key: value for key, value in raw.items() if key in known})
     except TypeError as error:
         raise InputError(f"config.json of a {raw['model_type']} is incomplete: {error}") from error
+    for field in fields(family.Config):
+        value = getattr(config, field.name)
+        if field.default is MISSING and not (isinstance(value, int) and value > 0):
+            raise InputError(f"config.json of a {raw['model_type']} gives {field.name} as {value!r}: it must be a positive number")
     with torch.device("meta"):
         model = family(config)
+    if wrong := [i for i in eos_ids(model) if not 0 <= i < config.vocab_size]:
+        raise InputError(f"config.json gives eos_token_id {wrong[0]}, outside the vocabulary of {config.vocab_size}")
     model.raw_config = {key: value for key, value in raw.items() if key not in ("num_labels", "pooler", "pooling")}
     return model
 
