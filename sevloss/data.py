@@ -136,7 +136,9 @@ def _row(header, cells):
 def _text(value):
     if isinstance(value, float) and value.is_integer():  # a spreadsheet's 3 is 3.0
         value = int(value)
-    return "" if value is None else str(value).encode("utf-8", "replace").decode().strip()  # half an emoji ("\ud83d" in .jsonl) is no text
+    if value is None or isinstance(value, (list, dict)):
+        return ""
+    return str(value).encode("utf-8", "replace").decode().strip()  # half an emoji ("\ud83d" in .jsonl) is no text
 
 
 def find_columns(path, columns, given, needed):

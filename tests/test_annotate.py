@@ -226,7 +226,7 @@ def test_a_lone_carriage_return_stays_inside_its_cell(classifier, write_table, r
     for ending in ("csv", "tsv"):
         annotate.annotate_table(classifier, table, tmp_path / f"new.{ending}", {}, CPU)
         pairs = data.read_pairs(tmp_path / f"new.{ending}", needed=("complaint", "response"))
-        assert len(pairs) == 4 and "يومين" in pairs[0].complaint and pairs[0].response == "راحة"
+        assert len(pairs) == 4 and pairs[0].complaint.split() == ["صداع", "من", "يومين"]
 
 
 def test_annotation_needs_the_complaint_alone(classifier, write_table, tmp_path, capsys):
