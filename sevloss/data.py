@@ -133,10 +133,16 @@ def _row(header, cells):
     return None if any(cells[len(header):]) else dict(zip(header, chain(cells, [""] * len(header))))
 
 
+class _Nested(str):
+    """A list or object in a .jsonl: kept as a cell, but no complaint and no response."""
+
+
 def _text(value):
     if isinstance(value, float) and value.is_integer():  # a spreadsheet's 3 is 3.0
         value = int(value)
-    if value is None or isinstance(value, (list, dict)):
+    if isinstance(value, (list, dict)):
+        return _Nested(json.dumps(value, ensure_ascii=False))
+    if value is None:
         return ""
     return str(value).encode("utf-8", "replace").decode().strip()  # half an emoji ("\ud83d" in .jsonl) is no text
 
@@ -233,7 +239,7 @@ def _pair(number, row, found, needed, others):
         raise ValueError("with more cells than the header")
     value = {role: row.get(name, "") for role, name in found.items()}
     for role in ("complaint", "response"):
-        if role in needed and not any(c.isalnum() for c in value[role]):  # an emoji alone is no text either
+        if role in needed and (isinstance(value[role], _Nested) or not any(c.isalnum() for c in value[role])):  # "👍" is no text
             raise ValueError(f"without a {role}")
     try:
         label, probabilities = _label(value), _probabilities(value)
