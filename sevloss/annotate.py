@@ -109,7 +109,7 @@ def annotate_table(classifier, table, to, columns, compute):
     work = {"table": fingerprint(table), "classifier": fingerprint(classifier.run / "classifier.json"), "columns": columns}
     before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
     fresh = {"work": work, "rows": 0, "bytes": 0, "cut": 0, "seen": 0, "labelled": 0}
-    state = before if before.get("work") == work else fresh
+    state = fresh | before if before.get("work") == work else fresh
 
     skipped = data.Skipped()
     pairs = data.iterate_pairs(table, needed=("complaint",), columns=columns, skipped=skipped)
