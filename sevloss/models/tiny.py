@@ -36,4 +36,4 @@ def tiny_bert(texts, num_labels, vocab_size=2000):
     return from_scratch(dict(
         model_type="bert", vocab_size=tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=512, max_position_embeddings=512, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        pad_token_id=ids["[PAD]"], num_labels=num_labels, pooling="mean")), tokenizer
+        pad_token_id=ids["[PAD]"], num_labels=num_labels)), tokenizer
