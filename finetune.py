@@ -106,7 +106,7 @@ def main():
     # Model and tokenizer; seeded here, so that runs that differ only in their weights start from the same model
     device.seed_everything(args.seed)
     if args.ckpt == "tiny":
-        preprocess = "none" if args.preprocess == "none" else "arabert"
+        preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
         texts = [data.prepare(t, preprocess) for p in train for t in (data.PROMPT.format(complaint=p.complaint), p.response)]
         model, tokenizer = tiny_gpt2(texts)
     else:

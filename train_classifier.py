@@ -228,7 +228,7 @@ def train_and_save(args, compute):
             raise InputError(f"{args.ckpt} was trained on these complaints: --folds would score what it has seen; use another --ckpt")
     start(args, [p.complaint for p in train], args.seed[0])  # refuses a checkpoint that does not fit, before anything is written
     raw = {} if args.ckpt == "tiny" else hub.read_json(hub.local_folder(args.ckpt) / "config.json")
-    preprocess = "arabert" if (args.ckpt, args.preprocess) == ("tiny", "auto") else data.choose_preprocess(args.preprocess, args.ckpt, raw)
+    preprocess = data.choose_preprocess(args.preprocess, args.ckpt, raw)
     print(f"{args.ckpt}: preprocessing {preprocess}")
     checkpoint.write_run_json(run, "train_classifier.py", vars(args), preprocess=preprocess, max_length=args.max_length,
                               compute=str(compute), data_fingerprint=data.fingerprint(pairs))

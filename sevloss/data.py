@@ -333,14 +333,14 @@ def fingerprint(pairs):
 # --- token ids ------------------------------------------------------------------------------------------------------------
 
 def choose_preprocess(choice, ckpt, raw_config):
-    """auto|arabert|none -> arabert|none. auto: as stored in a run folder, else arabert for the checkpoints trained with it."""
+    """auto|arabert|none -> arabert|none. auto: as stored in a run folder, else arabert for tiny and the checkpoints trained with it."""
     if choice != "auto":
         return choice
     stored = raw_config.get("sevloss", {}).get("preprocess")
     names = (str(ckpt) + " " + str(raw_config.get("_name_or_path", ""))).lower()
     if not stored and re.search(r"arabertv[12]\b", names):
         print(f"{ckpt} was trained on text cut by the Farasa segmenter, which is not done here: arabertv02 fits better")
-    return stored or ("arabert" if "arabert" in names or "aragpt2" in names else "none")
+    return stored or ("arabert" if str(ckpt) == "tiny" or "arabert" in names or "aragpt2" in names else "none")
 
 
 def prepare(text, preprocess):
