@@ -15,9 +15,13 @@ from tqdm import tqdm
 
 from sevloss import InputError, annotate, check_positive, checkpoint, command, data, device, metrics, severity, terminal
 from sevloss.loss import linear_weighted_token_ce, severity_weights
-from sevloss.models import eos_ids, load_model, load_tokenizer, save_model
+from sevloss.models import checkpoint_blocks, eos_ids, load_model, load_tokenizer, lora, save_model
 from sevloss.models.tiny import tiny_gpt2
 
+# "paper": what the published notebooks set; the README says what is wrong with it. Arguments that are given go before a recipe's.
+RECIPES = {"default": {}, "paper": dict(
+    supervise="row", max_length=512, train_rows=20_000, epochs=3.0, batch_size=8, lr=2e-4, warmup=0.0, weight_decay=0.0, clip=1.0,
+    lora=16, lora_alpha=32.0, lora_dropout=0.05)}
 VALIDATION_ROWS = 1000  # enough to choose the best step by; the test rows are evaluate.py's
 
 
@@ -34,6 +38,16 @@ def parse_arguments():
     group.add_argument("--normalise", choices=("example", "token"), default="example",
                        help="example: the paper's mean over each response, then over examples; token: mean over tokens")
     group.add_argument("--classifier", metavar="RUN", help="run of train_classifier.py that gives the severity probabilities")
+    group.add_argument("--supervise", choices=("response", "row"), default="response",
+                       help="response: its tokens and EOS; row: the prompt too, and the EOS that fills each row to --max-length")
+    group.add_argument("--train-rows", type=int, metavar="N", help="only the first N training rows")
+    group.add_argument("--recipe", choices=RECIPES, default="default", help="paper: train as the published notebooks do")
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--lora", type=int, metavar="R", help="freeze the model and train adapters of rank R")
+    group.add_argument("--lora-alpha", type=float, help="their scale is alpha / R; default 2 R")
+    group.add_argument("--lora-dropout", type=float, default=0.0)
+    group.add_argument("--lora-targets", nargs="+", metavar="NAME", help="linear layers that get adapters, e.g. q_proj v_proj")
+    group.add_argument("--merge", action="store_true", help="also write the best model with its adapters merged in, to RUN/merged")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=float, help="default 3; tiny: 10")
     group.add_argument("--max-steps", type=int, help="optimizer steps instead of --epochs")
@@ -47,18 +61,26 @@ def parse_arguments():
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of the matrix products; parameters stay fp32")
     group.add_argument("--micro-tokens", type=int, default=4096, help="most tokens in memory at once; does not change the result")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="compute blocks twice, to hold the activations of one alone")
     group = parser.add_argument_group("run")
     group.add_argument("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
     group.add_argument("--save-every", type=int, metavar="STEPS", help="validate and save this often; default once an epoch")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out, with the arguments it began with")
+    parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
     tiny = args.ckpt == "tiny"
     args.epochs = args.epochs if args.epochs is not None else 10 if tiny else 3
     args.lr = args.lr if args.lr is not None else 2e-3 if tiny else 5e-5
-    check_positive(args, "epochs", "max_steps", "max_length", "lr", "batch_size", "clip", "micro_tokens", "save_every",
-                   or_zero=("warmup", "weight_decay", "seed"))
+    check_positive(args, "epochs", "max_steps", "max_length", "lr", "batch_size", "clip", "micro_tokens", "save_every", "lora",
+                   "lora_alpha", "train_rows", or_zero=("warmup", "weight_decay", "seed", "lora_dropout"))
     if args.warmup > 1:
         raise InputError(f"--warmup is a share of the steps, at most 1, not {args.warmup}")
+    if tiny and args.lora:
+        raise InputError("--lora adapts a checkpoint; --ckpt tiny is made on the spot: train it whole, or name a checkpoint")
+    if not args.lora and (args.merge or args.lora_targets):
+        raise InputError("--merge and --lora-targets belong to --lora R")
+    if args.lora_dropout >= 1:
+        raise InputError(f"--lora-dropout must be less than 1, not {args.lora_dropout}")
     return args
 
 
@@ -98,7 +120,8 @@ def main():
     pairs = data.read_pairs(table, needed=needed, columns=columns)
     fingerprint = data.fingerprint(pairs)
     sides = data.split_pairs(pairs)
-    train, validation = sides["train"], sorted(sides["validation"], key=lambda p: data.fraction(p.complaint, "order"))[:VALIDATION_ROWS]
+    train = sides["train"][:args.train_rows]
+    validation = sorted(sides["validation"], key=lambda p: data.fraction(p.complaint, "order"))[:VALIDATION_ROWS]
     print(f"{len(train):,} pairs to train on, {len(validation):,} to validate on, {len(sides['test']):,} kept for evaluate.py")
     if not train or not validation:
         raise InputError(f"{args.data} has too few complaints to train and validate on")
@@ -110,16 +133,24 @@ def main():
         texts = [data.prepare(t, preprocess) for p in train for t in (data.PROMPT.format(complaint=p.complaint), p.response)]
         model, tokenizer = tiny_gpt2(texts)
     else:
-        model, tokenizer = load_model(args.ckpt), load_tokenizer(args.ckpt)
+        # a frozen base in the dtype it is computed in: autocast would cast it anew at every use
+        model = load_model(args.ckpt, dtype=compute.dtype if args.lora else torch.float32)
+        tokenizer = load_tokenizer(args.ckpt)
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, model.raw_config)
     if not hasattr(model, "head_weight") or not eos_ids(model):
         raise InputError(f"{args.ckpt} is no causal language model with an end-of-text token: nothing to fine-tune")
     if tokenizer.get_vocab_size() > len(model.head_weight):
         raise InputError(f"{args.ckpt}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {len(model.head_weight)}")
     model.raw_config["sevloss"] = {"prompt": data.PROMPT, "preprocess": preprocess}
+    if args.lora:
+        lora.attach(model, args.lora, alpha=args.lora_alpha or 2 * args.lora, dropout=args.lora_dropout, targets=args.lora_targets)
+    if args.gradient_checkpointing:
+        checkpoint_blocks(model)
     model.to(compute.device)
-    print(f"{args.ckpt}: {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(model.head_weight):,}, "
-          f"preprocessing {preprocess}")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    total, learning = (sum(p.numel() for p in parameters) for parameters in (model.parameters(), trainable))
+    print(f"{args.ckpt}: {total:,} parameters, {learning:,} of them trainable ({learning / total:.2%}), "
+          f"vocabulary {len(model.head_weight):,}, preprocessing {preprocess}")
 
     # Severity -> one weight per example; with the normalisation folded in it is the weight of each of its tokens
     probabilities = torch.tensor([p.probabilities or (0.0, 1.0, 0.0) for p in train])
@@ -127,12 +158,12 @@ def main():
     show_weights(weights, coefficients)
     max_length = min(args.max_length, model.config.context)
     encoding = dict(max_length=max_length, eos_id=eos_ids(model)[0], preprocess=preprocess)
-    examples, held_out = data.encode_pairs(train, tokenizer, **encoding), data.encode_pairs(validation, tokenizer, **encoding)
+    encode = data.encode_published if args.supervise == "row" else data.encode_pairs
+    examples, held_out = encode(train, tokenizer, **encoding), data.encode_pairs(validation, tokenizer, **encoding)
     token_weights = (weights / torch.from_numpy(examples.targets) if args.normalise == "example" else weights).float().to(compute.device)
 
     # Optimizer; decay on matrices only
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices, vectors = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
                                   lr=args.lr, fused=True)  # one kernel for all parameters; exists for CPU and CUDA
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
@@ -173,7 +204,7 @@ def main():
             scaler.scale(loss).backward()  # gradients add up over micro-batches
             total += loss.detach()
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, args.clip)
         lr = schedule.get_last_lr()[0]
         scaler.step(optimizer)
         scaler.update()
@@ -202,7 +233,9 @@ def main():
 
     print(f"best validation NLL {progress['best']:.4f} at step {progress['best_step']}; "
           f"peak memory {compute.peak_memory() / 2 ** 30:.2f} GiB")
-    print(f"wrote {run} (last step) and {run / 'best'}\nnext: python evaluate.py {run}")
+    if args.merge:
+        save_model(load_model(run / "best"), tokenizer, run / "merged")
+    print(f"wrote {run} (last step) and {run / 'best'}{', merged too' if args.merge else ''}\nnext: python evaluate.py {run}")
 
 
 if __name__ == "__main__":

@@ -68,12 +68,17 @@ def save_state(run, model, tokenizer, optimizer, scaler, schedule, progress):
     included. The order of the examples needs none: it follows from seed and step."""
     (run / "state").mkdir(exist_ok=True)
     state = {
-        "progress": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+        "progress": progress, "model": trainable(model), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
         "schedule": schedule.state_dict(), "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     save_model(model, tokenizer, run)  # first: a stop in between is made good by going on from the state before
     write_atomically(run / "state" / "training.pt", lambda path: torch.save(state, path))
+
+
+def trainable(model):
+    """{name: parameter} of those that learn: all, or the adapters of LoRA; the rest comes from the checkpoint."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load_state(run, model, optimizer, scaler, schedule):
@@ -85,7 +90,7 @@ def load_state(run, model, optimizer, scaler, schedule):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what broken files raise has no common class
         raise InputError(f"--resume: {path} is broken; start again in a new folder, from {run} or its best/ as --ckpt") from error
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state["model"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty where there was nothing to scale
         scaler.load_state_dict(state["scaler"])

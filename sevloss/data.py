@@ -415,6 +415,14 @@ def encode_pairs(pairs, tokenizer, *, max_length, eos_id, preprocess):
     return Examples(ids, starts, np.array([len(prompt) for prompt in prompts], np.int64))
 
 
+def encode_published(pairs, tokenizer, *, max_length, eos_id, preprocess):
+    """What the paper's notebooks train on: prompt and response as one text, filled up with EOS to max_length, and all of it supervised."""
+    texts = [PROMPT.format(complaint=prepare(p.complaint, preprocess)) + prepare(p.response, preprocess) for p in pairs]
+    rows = [(ids + [eos_id] * max_length)[:max_length] for ids in encode(tokenizer, texts, special=True)]
+    n = len(rows)
+    return Examples(np.array(rows, np.int32).reshape(-1), np.arange(n + 1) * max_length, np.ones(n, np.int64))
+
+
 # --- batches --------------------------------------------------------------------------------------------------------------
 
 @dataclass

@@ -54,6 +54,11 @@ def local_folder(ckpt) -> Path:
     return _download(ckpt, "config.json").parent
 
 
+def full_name(ckpt) -> str:
+    """What another program or folder finds the checkpoint by: the folder's absolute path, or the hub id."""
+    return str(Path(ckpt).resolve()) if Path(ckpt).is_dir() else _repository(ckpt)
+
+
 def find_file(ckpt, names) -> Path:
     """The first of `names` that the checkpoint has, downloaded if need be."""
     for name in names:
@@ -119,18 +124,19 @@ def stored_tensors(ckpt) -> dict:
     """Name -> function that reads that tensor. Files are mapped, not copied, so tensors arrive one at a time."""
     path = find_file(ckpt, WEIGHTS)
     if not path.name.endswith(".index.json"):
-        return _open(path)
+        return open_tensors(path)
     tensors, index = {}, read_json(path)
     if not isinstance(index.get("weight_map"), dict):
         raise InputError(f"{path} has no weight_map, so it does not say where the tensors are")
     for shard in sorted(set(index["weight_map"].values())):
         if Path(shard).name != shard:  # an index may not point outside its folder
             raise InputError(f"{path} names a shard outside its folder: {shard}")
-        tensors |= _open(find_file(ckpt, (shard,)))
+        tensors |= open_tensors(find_file(ckpt, (shard,)))
     return tensors
 
 
-def _open(path) -> dict:
+def open_tensors(path) -> dict:
+    """Of one file: name -> function that reads that tensor."""
     refusal = f"{path} holds more than tensors and is not loaded: get the checkpoint as .safetensors"
     try:
         if path.suffix == ".safetensors":

@@ -4,17 +4,23 @@ import json
 import re
 import shutil
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch.utils.checkpoint import checkpoint
 
 from sevloss import InputError, hub
+from sevloss.models import lora
 from sevloss.models.bert import Bert
+from sevloss.models.bloom import Bloom
 from sevloss.models.gpt2 import GPT2
+from sevloss.models.lfm2 import Lfm2
+from sevloss.models.llama import Llama
 
-FAMILIES = {"gpt2": GPT2, "aragpt2": GPT2, "bert": Bert}
+FAMILIES = {"gpt2": GPT2, "aragpt2": GPT2, "bloom": Bloom, "llama": Llama, "qwen2": Llama, "qwen3": Llama, "lfm2": Lfm2, "bert": Bert}
 
 
 def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
@@ -23,7 +29,10 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
     num_labels: for encoders, a classification head with that many classes; initialised where the checkpoint has none.
     Raises InputError for whatever does not fit: unknown model_type, missing, surplus or misshapen tensors, broken files.
     """
-    raw = hub.read_json(hub.local_folder(ckpt) / "config.json")
+    folder = hub.local_folder(ckpt)
+    if (folder / "adapter_config.json").is_file():
+        return _load_adapted(folder, dtype, device)
+    raw = hub.read_json(folder / "config.json")
     if raw.get("model_type") not in FAMILIES:
         raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are {', '.join(FAMILIES)}")
     family = FAMILIES[raw["model_type"]]
@@ -59,7 +68,29 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
         print(f"initialised, not in the checkpoint: {_some(missing)}")
         state |= {name: initial(name, expected[name].shape).to(device=device, dtype=dtype) for name in missing}
     model.load_state_dict(state, assign=True)
+    model.base = hub.full_name(ckpt)
     return model.eval()
+
+
+def _load_adapted(folder, dtype, device):
+    """A folder of LoRA adapters -> their base model with the adapters merged into its weights."""
+    base = hub.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not base or Path(base).is_dir() and (Path(base) / "adapter_config.json").is_file():
+        raise InputError(f"{folder}/adapter_config.json gives {base!r} as base_model_name_or_path: it must be a whole model")
+    model = load_model(base, dtype=dtype, device=device)
+    lora.load(model, folder)
+    lora.merge(model)
+    model.requires_grad_(True)
+    model.raw_config |= {"sevloss": hub.read_json(folder / "config.json").get("sevloss", {})}
+    model.base = None
+    return model.eval()
+
+
+def checkpoint_blocks(model):
+    """Gradient checkpointing: what a block computed is thrown away and computed again in the backward pass; a third more time for
+    memory that holds one block's activations instead of all."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def build(family, raw):
@@ -111,18 +142,24 @@ def load_tokenizer(ckpt) -> Tokenizer:
 
 
 def save_model(model, tokenizer, folder):
-    """Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json, which `transformers` opens too."""
+    """Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json, which `transformers` opens too.
+
+    Of a model with LoRA layers the adapters alone are written, in the format of `peft`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     raw = {key: value for key, value in model.raw_config.items() if key != "torch_dtype"}
-    raw |= {"architectures": [model.architecture], "dtype": str(next(iter(state.values())).dtype).removeprefix("torch.")}
+    raw |= {"architectures": [model.architecture], "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     if getattr(model.config, "num_labels", 0) and len(raw.get("id2label", {})) != model.config.num_labels:
         raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.config.num_labels)}
         raw["label2id"] = {name: int(i) for i, name in raw["id2label"].items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=1, ensure_ascii=False), encoding="utf-8")
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody but the owner read
+    if lora.layers(model):
+        lora.save(model, folder)
+    else:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody but the owner read
     tokenizer.save(str(folder / "tokenizer.json"))
 
     # Without this file transformers picks a class by model_type and, for GPT-2, loses the prefix space.

@@ -113,6 +113,7 @@ class GPT2(nn.Module):
 
     architecture, prefix, may_be_missing = "GPT2LMHeadModel", "transformer.", ()
     unused = r"(^|\.)attn\.(bias|masked_bias)$"  # old checkpoints carry the causal mask
+    lora_targets = ("c_attn", "c_proj")
     Config = GPT2Config
 
     def __init__(self, config):
@@ -142,6 +143,10 @@ class GPT2(nn.Module):
         return {**raw, "model_type": "aragpt2"} if any(name.endswith("emb_norm.weight") for name in names) else raw
 
     @property
+    def blocks(self):
+        return self.transformer["h"]
+
+    @property
     def head_weight(self):
         """(V, D)"""
         return self.transformer["wte"].weight if self.config.tie_word_embeddings else self.lm_head.weight
@@ -157,6 +162,6 @@ class GPT2(nn.Module):
         h = self.dropout(parts["wte"](tokens) + parts["wpe"](layout.positions))  # (N, D)
         if "emb_norm" in parts:
             h = parts["emb_norm"](h)
-        for block in parts["h"]:
+        for block in self.blocks:
             h = block(h, layout)
         return parts["ln_f"](h) if "ln_f" in parts else h

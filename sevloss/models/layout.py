@@ -1,8 +1,11 @@
 """How the tokens of several documents lie in one stream, and what attention may see.
 
 A batch is one stream of N tokens: the documents one after the other, nothing between them, no padding. Whatever works on
-single tokens (embeddings, norms, MLPs, head, loss) does not notice. Attention does, and goes through a layout object:
-`Documents` for training and encoding, `Cache` for decoding. A model's code is the same for both.
+single tokens (embeddings, norms, MLPs, head, loss) does not notice. Attention does, and LFM2's short convolution; both go through a
+layout object: `Documents` for training and encoding, `Cache` for decoding. A model's code is the same for both.
+
+Two things change what attention sees. `slopes` (H,), ALiBi: a key `distance` tokens back gets -slope * distance added to its score
+(Press et al. 2022). `window`: a token sees the `window` tokens that end with itself.
 """
 
 from itertools import groupby
@@ -24,45 +27,65 @@ class Documents:
         self.longest = max(self.lengths)
         self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(self.device)
         self.runs = [(n, len(list(same))) for n, same in groupby(self.lengths)]  # neighbours of equal length share a call
-        self._rows = None
+        self._rows, self._masks = None, {}
 
-    def attend(self, q, k, v, layer, *, dropout=0.0, scale=None):
+    def attend(self, q, k, v, layer, *, dropout=0.0, scale=None, slopes=None, window=None):
         """q (N, H, d), k and v (N, H or a divisor of H, d) -> (N, H, d)."""
         if not q.is_cuda:
-            return self._attend_in_runs(q, k, v, dropout, scale)
-        if q.dtype in (torch.float16, torch.bfloat16) and dropout == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0):
-            return self._attend_varlen(q, k, v, scale)
-        return self._attend_padded(q, k, v, dropout, scale)
+            return self._attend_in_runs(q, k, v, dropout, scale, slopes, window)
+        flash = q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        if flash and dropout == 0 and slopes is None:
+            return self._attend_varlen(q, k, v, scale, window)
+        return self._attend_padded(q, k, v, dropout, scale, slopes, window)
 
-    def _attend_in_runs(self, q, k, v, dropout, scale):
+    def convolve(self, x, weight, layer):
+        """Causal depth-wise convolution: x (N, D), weight (D, K) -> (N, D); weight[:, -1] meets the token itself."""
+        out = x * weight[:, -1]
+        for back in range(1, weight.shape[1]):
+            earlier = F.pad(x, (0, 0, back, 0))[:len(x)]  # row n is token n - back, which may belong to the document before
+            out = out + earlier * (self.positions >= back)[:, None] * weight[:, -1 - back]
+        return out
+
+    def _attend_in_runs(self, q, k, v, dropout, scale, slopes=None, window=None):
         # On a CPU a call per document costs little and nothing is computed across documents.
         parts, start = [], 0
         for length, count in self.runs:
             stop = start + length * count
             qi, ki, vi = (t[start:stop].unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, v))  # (G, H, L, d)
-            part = _sdpa(qi, ki, vi, dropout_p=dropout, scale=scale, is_causal=self.causal)
+            part = _sdpa(qi, ki, vi, dropout_p=dropout, scale=scale, **self._visible(length, slopes, window, q.dtype))
             parts.append(part.transpose(1, 2).flatten(0, 1))  # (G L, H, d)
             start = stop
         return torch.cat(parts)
 
-    def _attend_varlen(self, q, k, v, scale):
+    def _attend_varlen(self, q, k, v, scale, window=None):
         # The flash kernel for ragged batches; it exists on CUDA (Ampere or newer) in 16 bits, without dropout.
         from torch.nn.attention.varlen import varlen_attn  # here, as it takes a second to import
         starts = self._cuda_rows()[2]
-        window = (-1, 0) if self.causal else (-1, -1)
-        return varlen_attn(q, k, v, starts, starts, self.longest, self.longest, scale=scale, window_size=window,
+        around = (window - 1 if window else -1, 0) if self.causal else (-1, -1)  # tokens before and after; -1: all
+        return varlen_attn(q, k, v, starts, starts, self.longest, self.longest, scale=scale, window_size=around,
                            enable_gqa=q.shape[1] != k.shape[1])
 
-    def _attend_padded(self, q, k, v, dropout, scale):
+    def _attend_padded(self, q, k, v, dropout, scale, slopes=None, window=None):
         # Right padding inside attention only. With is_causal no real token sees padding, so no mask is needed and the
         # flash and memory-efficient kernels stay eligible.
         rows, real, _ = self._cuda_rows()
         qp, kp, vp = (t[rows].transpose(1, 2) for t in (q, k, v))  # (B, H, T, d)
-        mask = None
+        seen = self._visible(self.longest, slopes, window, q.dtype)
         if not self.causal:
-            mask = (torch.arange(self.longest, device=q.device) < torch.tensor(self.lengths, device=q.device)[:, None])[:, None, None]
-        padded = _sdpa(qp, kp, vp, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=self.causal)
+            real_keys = torch.arange(self.longest, device=q.device) < torch.tensor(self.lengths, device=q.device)[:, None]  # (B, T)
+            seen = {"attn_mask": real_keys[:, None, None]}
+        padded = _sdpa(qp, kp, vp, dropout_p=dropout, scale=scale, **seen)
         return padded.transpose(1, 2).flatten(0, 1)[real]  # (N, H, d)
+
+    def _visible(self, length, slopes, window, dtype):
+        """What SDPA is told for documents of `length` tokens: is_causal where that says it all, else a mask, the same in every layer."""
+        if slopes is None and not (window and window < length):
+            return {"is_causal": self.causal}
+        key = length, window, dtype
+        if key not in self._masks:
+            t = torch.arange(length, device=self.device)
+            self._masks[key] = _causal_mask(t[:, None] - t, slopes, window, dtype)
+        return {"attn_mask": self._masks[key]}
 
     def _cuda_rows(self):
         """rows (B, T): where padded position (b, t) lies in the stream; real (N,): where token n lies in the padded batch;
@@ -80,14 +103,15 @@ class Documents:
 class Cache:
     """Decoding: the first stream holds the prompts, every later one holds one new token per document still being written.
 
-    Keys and values lie in one buffer a layer, (B, H, capacity, d), documents left-aligned, so positions need no correction.
+    Keys and values lie in one buffer a layer, (B, H, capacity, d), documents left-aligned, so positions need no correction. Of what
+    a convolution has read, (B, K - 1, D) is kept a layer.
     """
 
     def __init__(self, prompt_lengths, capacity, device):
         self.prompts = Documents(prompt_lengths, device, causal=True)
         self.lengths = torch.tensor(self.prompts.lengths, device=device)  # tokens of each document that are stored
         self.longest, self.capacity = self.prompts.longest, capacity
-        self.positions, self.filled, self.buffers = self.prompts.positions, False, {}
+        self.positions, self.filled, self.buffers, self.inputs = self.prompts.positions, False, {}, {}
 
     def advance(self):
         """After each stream: the next one holds a single token a document, at position `lengths`."""
@@ -96,18 +120,18 @@ class Cache:
         self.longest += 1  # that token included
         self.filled = True
         self.positions = self.lengths
-        # it is stored at `lengths` and sees everything up to itself
-        self.visible = (torch.arange(self.longest, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+        self._masks = {}
 
     def keep(self, rows):
         """After `advance`: only the documents `rows` (an index tensor) go on."""
         self.lengths = self.lengths[rows]
         self.longest = int(self.lengths.max()) + 1
         self.positions = self.lengths
-        self.visible = self.visible[rows][..., :self.longest]
+        self._masks = {}
         self.buffers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.buffers.items()}
+        self.inputs = {layer: x[rows] for layer, x in self.inputs.items()}
 
-    def attend(self, q, k, v, layer, *, dropout=0.0, scale=None):
+    def attend(self, q, k, v, layer, *, dropout=0.0, scale=None, slopes=None, window=None):
         if not self.filled:
             starts, lengths = 0, self.prompts.lengths
             buffers = [t.new_zeros(len(lengths), t.shape[1], self.capacity, t.shape[2]) for t in (k, v)]
@@ -116,12 +140,39 @@ class Cache:
                     buffer[b, :, :n] = t[starts:starts + n].transpose(0, 1)
                 starts += n
             self.buffers[layer] = tuple(buffers)
-            return self.prompts.attend(q, k, v, layer, scale=scale)
+            return self.prompts.attend(q, k, v, layer, scale=scale, slopes=slopes, window=window)
         b = torch.arange(len(q), device=q.device)
         keys, values = self.buffers[layer]
         keys[b, :, self.lengths], values[b, :, self.lengths] = k, v
         seen = slice(0, self.longest)
-        return _sdpa(q[:, :, None], keys[:, :, seen], values[:, :, seen], attn_mask=self.visible, scale=scale)[:, :, 0]  # (B, H, d)
+        if window not in self._masks:  # a token is stored at `lengths` and sees everything up to itself
+            distance = self.lengths[:, None] - torch.arange(self.longest, device=q.device)  # (B, T)
+            self._masks[window] = _causal_mask(distance[:, None], slopes, window, q.dtype)
+        return _sdpa(q[:, :, None], keys[:, :, seen], values[:, :, seen], attn_mask=self._masks[window], scale=scale)[:, :, 0]  # (B, H, d)
+
+    def convolve(self, x, weight, layer):
+        if not self.filled:
+            pad = F.pad(x, (0, 0, weight.shape[1] - 1, 0))
+            ends = torch.tensor(self.prompts.lengths, device=x.device).cumsum(0)
+            back = torch.arange(weight.shape[1] - 1, device=x.device)
+            rows = ends[:, None] + back  # (B, K - 1) in `pad`: the last inputs of each document
+            own = back >= weight.shape[1] - 1 - self.lengths[:, None]  # the others belong to the document before
+            self.inputs[layer] = pad[rows] * own[..., None]
+            return self.prompts.convolve(x, weight, layer)
+        seen = torch.cat([self.inputs[layer], x[:, None]], dim=1)  # (B, K, D)
+        self.inputs[layer] = seen[:, 1:]
+        return (seen * weight.T).sum(1)
+
+
+def _causal_mask(distance, slopes, window, dtype):
+    """distance (..., Q, T) from a query back to a key -> a mask for SDPA, (..., 1 or H, Q, T): booleans, or with slopes what is added."""
+    visible = distance >= 0
+    if window:
+        visible &= distance < window
+    visible, distance = visible.unsqueeze(-3), distance.unsqueeze(-3)
+    if slopes is None:
+        return visible
+    return (-slopes[:, None, None] * distance).masked_fill(~visible, -torch.inf).to(dtype)
 
 
 def _sdpa(q, k, v, **arguments):

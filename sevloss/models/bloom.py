@@ -1,0 +1,132 @@
+"""BLOOM: attention by ALiBi, which has no position embeddings but a penalty that grows with the distance.
+
+Names are those of the checkpoints. Sources: BigScience 2022 (BLOOM), Press et al. 2022 (ALiBi).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sevloss import InputError
+from sevloss.models.layout import Documents
+
+
+@dataclass
+class BloomConfig:
+    vocab_size: int
+    hidden_size: int
+    n_layer: int
+    n_head: int
+    seq_length: int = 2048  # read in training; ALiBi itself sets no limit
+    layer_norm_epsilon: float = 1e-5
+    apply_residual_connection_post_layernorm: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = True
+    model_type: str = "bloom"
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+
+    @property
+    def context(self):
+        return self.seq_length
+
+
+def alibi_slopes(heads):
+    """(H,) 2^(-8/n), 2^(-16/n), ... for n heads; where n is no power of two, those of the next smaller power, then every other one
+    of the next larger power."""
+    n = 2 ** math.floor(math.log2(heads))
+    exponents = [8 / n * (i + 1) for i in range(n)] + [4 / n * (2 * i + 1) for i in range(heads - n)]
+    return torch.tensor([2.0 ** -e for e in exponents])
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.heads, self.layer, self.dropout = config.n_head, layer, config.attention_dropout
+
+    def forward(self, x, layout, slopes):
+        q, k, v = self.query_key_value(x).unflatten(1, (self.heads, 3, -1)).unbind(2)  # each (N, H, d): stored head by head
+        out = layout.attend(q, k, v, self.layer, dropout=self.dropout if self.training else 0.0, slopes=slopes)
+        return self.dense(out.flatten(1))  # (N, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.self_attention = Attention(config, layer)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.residual_after_norm = config.apply_residual_connection_post_layernorm
+
+    def forward(self, h, layout, slopes):
+        x = self.input_layernorm(h)
+        h = (x if self.residual_after_norm else h) + self.dropout(self.self_attention(x, layout, slopes))
+        x = self.post_attention_layernorm(h)
+        return (x if self.residual_after_norm else h) + self.dropout(self.mlp(x))
+
+
+class Bloom(nn.Module):
+    """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
+
+    architecture, prefix, may_be_missing = "BloomForCausalLM", "transformer.", ()
+    unused = r"\0"  # nothing
+    lora_targets = ("query_key_value",)
+    Config = BloomConfig
+
+    def __init__(self, config):
+        super().__init__()
+        if config.hidden_size % config.n_head:
+            raise InputError(f"hidden_size {config.hidden_size} in config.json is not a multiple of n_head {config.n_head}")
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size),
+            "word_embeddings_layernorm": nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon),
+            "h": nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
+            "ln_f": nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon),
+        })
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @staticmethod
+    def adapt(raw, names):
+        """Old files say n_embed or num_attention_heads and num_hidden_layers."""
+        old = {"hidden_size": "n_embed", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
+        return {**{new: raw[name] for new, name in old.items() if name in raw}, **raw}
+
+    @property
+    def blocks(self):
+        return self.transformer["h"]
+
+    @property
+    def head_weight(self):
+        """(V, D)"""
+        return self.transformer["word_embeddings"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens, lengths):
+        return self.stream(tokens, Documents(lengths, tokens.device, causal=True))
+
+    def stream(self, tokens, layout):
+        """The same for any layout: a `Cache` decodes."""
+        slopes = alibi_slopes(self.config.n_head).to(tokens.device)
+        h = self.transformer["word_embeddings_layernorm"](self.transformer["word_embeddings"](tokens))  # (N, D)
+        for block in self.blocks:
+            h = block(h, layout, slopes)
+        return self.transformer["ln_f"](h)

@@ -1,0 +1,193 @@
+"""Llama, Qwen2 and Qwen3: one architecture. What differs is said where it differs.
+
+Names are those of the checkpoints. Sources: Touvron et al. 2023 (Llama), Grattafiori et al. 2024 (Llama 3's rotary scaling),
+Yang et al. 2024 (Qwen2), Yang et al. 2025 (Qwen3), Su et al. 2021 (rotary positions).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sevloss import InputError
+from sevloss.models.layout import Documents
+
+
+@dataclass
+class LlamaConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None  # fewer than heads: several query heads share one key and value
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None  # of new files; old ones have the next two
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+    max_window_layers: int = 0
+    layer_types: list | None = None
+    tie_word_embeddings: bool = False
+    model_type: str = "llama"
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+
+    @property
+    def context(self):
+        return self.max_position_embeddings
+
+    def window(self, layer):
+        """How many tokens attention sees in this layer; None: all."""
+        if self.model_type == "llama" or not self.use_sliding_window:
+            return None
+        slides = self.layer_types[layer] == "sliding_attention" if self.layer_types else layer >= self.max_window_layers
+        return self.sliding_window if slides else None
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; computed in fp32 whatever the dtype of x."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_angles(config, positions, head_dim):
+    """positions (N,) -> cos, sin (N, 1, d / 2) in fp32: in 16 bits, positions beyond a few hundred would run into one another."""
+    rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {}), **(config.rope_parameters or {})}
+    frequency = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "linear":
+        frequency = frequency / rope["factor"]
+    elif kind == "llama3":
+        # Short waves stay, long ones are stretched by `factor`, those between by something between.
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # of each wave, in the original context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        stay = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (stay + (1 - stay) / rope["factor"])
+    elif kind != "default":
+        raise InputError(f"rotary positions of type {kind!r} in config.json are not known; known: default, linear, llama3")
+    angles = positions[:, None, None] * frequency
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """x (N, H, d): the first half of d is turned with the second (halves, not neighbouring pairs)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads or self.heads
+        self.head_dim = config.head_dim or config.hidden_size // self.heads
+        if self.heads % kv_heads:
+            raise InputError(f"num_attention_heads {self.heads} in config.json is not a multiple of num_key_value_heads {kv_heads}")
+        qkv_bias = config.attention_bias or config.model_type == "qwen2"  # Qwen2: on q, k, v, not on the output
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.normed = config.model_type == "qwen3"  # each head's q and k, before they are rotated
+        if self.normed:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+        self.layer, self.window, self.dropout = layer, config.window(layer), config.attention_dropout
+
+    def forward(self, x, layout, angles):
+        q, k, v = (project(x).unflatten(1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, d)
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        out = layout.attend(q, k, v, self.layer, dropout=self.dropout if self.training else 0.0, window=self.window)
+        return self.o_proj(out.flatten(1))  # (N, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, h, layout, angles):
+        h = h + self.self_attn(self.input_layernorm(h), layout, angles)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Llama(nn.Module):
+    """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
+
+    prefix, may_be_missing = "model.", ()
+    unused = r"rotary_emb\.inv_freq$"  # old checkpoints carry the frequencies
+    lora_targets = ("q_proj", "v_proj")
+    Config = LlamaConfig
+
+    def __init__(self, config):
+        super().__init__()
+        if config.hidden_act != "silu":
+            raise InputError(f"hidden_act {config.hidden_act!r} in config.json is not known; a {config.model_type} has silu")
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)]),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @staticmethod
+    def adapt(raw, names):
+        return raw
+
+    @property
+    def architecture(self):
+        return {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[self.config.model_type]
+
+    @property
+    def blocks(self):
+        return self.model["layers"]
+
+    @property
+    def head_weight(self):
+        """(V, D)"""
+        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens, lengths):
+        return self.stream(tokens, Documents(lengths, tokens.device, causal=True))
+
+    def stream(self, tokens, layout):
+        """The same for any layout: a `Cache` decodes."""
+        if layout.longest > self.config.context:
+            raise InputError(f"a text has {layout.longest} tokens, the model reads {self.config.context}: lower --max-length")
+        angles = rotary_angles(self.config, layout.positions, self.blocks[0].self_attn.head_dim)
+        h = self.model["embed_tokens"](tokens)  # (N, D)
+        for block in self.blocks:
+            h = block(h, layout, angles)
+        return self.model["norm"](h)
