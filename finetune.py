@@ -172,7 +172,7 @@ def main():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, args.warmup))
     scaler = compute.grad_scaler()
 
-    progress = {"step": 0, "best": math.inf, "best_step": 0}
+    progress = {"step": 0, "best": math.inf, "best_step": 0, "validation": []}
     if args.resume:
         checkpoint.check_resumed(run, "finetune.py", vars(args), fingerprint)
         progress = checkpoint.load_state(run, model, optimizer, scaler, schedule)
@@ -226,6 +226,8 @@ def main():
             if better:
                 progress |= {"best": score, "best_step": step + 1}
                 save_model(model, tokenizer, run / "best")
+            progress["validation"].append([step + 1, score])
+            checkpoint.write_json(run / "validation.json", progress["validation"])
             metrics_file.flush()
             checkpoint.save_state(run, model, tokenizer, optimizer, scaler, schedule, {**progress, "step": step + 1})
             bar.write(f"step {step + 1}: validation NLL {score:.4f} per token{' (best)' if better else ''}")

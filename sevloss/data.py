@@ -357,11 +357,11 @@ def encode(tokenizer, texts, *, special):
     return ids
 
 
-def encode_prompts(tokenizer, complaints, limit):
-    """Ids of PROMPT for each complaint (limit: the most ids, a number or one each); a complaint that is too long loses its end,
+def encode_prompts(tokenizer, complaints, limit, prompt=PROMPT):
+    """Ids of the prompt for each complaint (limit: the most ids, a number or one each); a complaint that is too long loses its end,
     never the words after it. Returns (list of id lists, number of complaints cut)."""
     limits = [limit] * len(complaints) if isinstance(limit, int) else limit
-    ids = encode(tokenizer, [PROMPT.format(complaint=c) for c in complaints], special=True)
+    ids = encode(tokenizer, [prompt.format(complaint=c) for c in complaints], special=True)
     cut = 0
     for i, most in enumerate(limits):
         keep = len(ids[i])
@@ -372,7 +372,7 @@ def encode_prompts(tokenizer, complaints, limit):
             if keep < 1 or not offsets:
                 raise InputError(f"{most} tokens are too few for a prompt: raise --max-length")
             shorter = complaints[i][:offsets[min(keep, len(offsets)) - 1][1]]
-            ids[i] = tokenizer.encode(PROMPT.format(complaint=shorter)).ids
+            ids[i] = tokenizer.encode(prompt.format(complaint=shorter)).ids
     return ids, cut
 
 

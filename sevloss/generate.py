@@ -18,14 +18,14 @@ def generate(model, prompts, *, max_new_tokens, eos_ids=(), temperature=0.0, top
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    capacity = max(map(len, prompts)) + max_new_tokens
-    if capacity > model.config.context:
-        raise InputError(f"prompt and answer need {capacity} tokens, the model reads {model.config.context}: shorten one of them")
+    longest = max(map(len, prompts)) + max_new_tokens
+    if longest > model.config.context:
+        raise InputError(f"prompt and answer need {longest} tokens, the model reads {model.config.context}: shorten one of them")
     device = model.head_weight.device
     answers = [[] for _ in prompts]
     generators = [_generator(seed, p) for p in prompts] if temperature else None
     rows = list(range(len(prompts)))  # row of the batch -> prompt
-    cache = Cache([len(p) for p in prompts], capacity, device)
+    cache = Cache([len(p) for p in prompts], device)
     tokens = torch.tensor([i for p in prompts for i in p], device=device)
     last = torch.tensor([len(p) for p in prompts], device=device).cumsum(0) - 1
     for step in range(max_new_tokens):
@@ -45,9 +45,10 @@ def generate(model, prompts, *, max_new_tokens, eos_ids=(), temperature=0.0, top
             break
         cache.advance()
         if len(alive) < len(rows):
-            kept = torch.tensor(alive, device=device)
+            behind = [b for b in alive if b >= len(alive)]  # these move to the places that became free
+            kept = [b if b in alive else behind.pop() for b in range(len(alive))]
             cache.keep(kept)
-            tokens, rows = tokens[kept], [rows[b] for b in alive]
+            tokens, rows = tokens[torch.tensor(kept, device=device)], [rows[b] for b in kept]
     return answers
 
 

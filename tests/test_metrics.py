@@ -1,6 +1,9 @@
-"""Likelihood of responses against a loop over examples."""
+"""Likelihood of responses against a loop over examples; scores of answers against plain versions and by hand; means of scores."""
 
+import json
 import math
+from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -48,3 +51,149 @@ def test_perplexity_is_of_all_tokens_together():
     assert score["perplexity"] == pytest.approx(math.exp(3.2))
     assert metrics.per_token(torch.tensor([1e6]), np.array([1]))["perplexity"] < math.inf
     assert math.isnan(metrics.per_token(torch.tensor([]), np.array([]))["nll"])
+
+
+# --- means ----------------------------------------------------------------------------------------------------------------
+
+def test_summary_by_hand():
+    """Row scores are means, token scores sums over sums, also within a class and weighted by p(critical)."""
+    scores = [metrics.Score("urgent", [True, False, True]), metrics.Score("NLL", torch.tensor([2.0, 30.0, 8.0]), np.array([1, 9, 2]))]
+    groups = metrics.row_groups([2, 0, None], critical=[0.5, 0.25, 0.0])
+    assert list(groups) == ["all", "non-critical", "critical", "by p(critical)"]
+    means = metrics.summary(scores, groups)
+    assert means["all"] == pytest.approx({"urgent": 2 / 3, "NLL": 40 / 12})
+    assert means["critical"] == pytest.approx({"urgent": 1, "NLL": 2})
+    assert means["non-critical"] == pytest.approx({"urgent": 0, "NLL": 30 / 9})
+    assert means["by p(critical)"] == pytest.approx({"urgent": 0.5 / 0.75, "NLL": (0.5 * 2 + 0.25 * 30) / (0.5 * 1 + 0.25 * 9)})
+    assert math.isnan(scores[0].mean(np.zeros(3)))
+    assert list(metrics.row_groups([None, None])) == ["all"]
+
+
+def test_score_refuses_values_that_are_not_per_row():
+    with pytest.raises(ValueError, match="NLL: values"):
+        metrics.Score("NLL", np.zeros(3), np.zeros(2))
+    with pytest.raises(ValueError, match="chrF: values"):
+        metrics.Score("chrF", np.zeros((3, 3)))
+
+
+# --- answers --------------------------------------------------------------------------------------------------------------
+
+def test_answer_scores_are_one_value_per_row():
+    answers = ["اذهب إلى الطوارئ", " …", "عندي صداع شديد منذ أسبوع كامل"]
+    complaints = ["ألم في الصدر", "سعال", "عندي صداع شديد منذ أسبوع كامل"]
+    unfinished = np.array([False, True, False])
+    scores = {score.name: score for score in metrics.answer_scores(complaints, answers, ["الى الطوارئ"] * 3, unfinished)}
+    assert {name: score.values.tolist() for name, score in scores.items() if name not in ("chrF", "BLEU", "ROUGE-L")} == {
+        "words": [3, 0, 6], "empty": [0, 1, 0], "unfinished": [0, 1, 0], "repetitive": [0, 0, 0], "repeats complaint": [0, 0, 1],
+        "urgent": [1, 0, 0]}
+    assert all(score.values.shape == (3,) and score.values.dtype == np.float64 for score in scores.values())
+    assert set(metrics.LOWER_IS_BETTER + metrics.NEITHER_IS_BETTER) - set(scores) == {"NLL", "perplexity"}  # no name misspelt
+
+
+@pytest.mark.parametrize("text", ["راجع الطبيب غدًا، ولا تقلق", "نعم"])
+def test_identical_arabic_text_scores_full(text):
+    """Packages that delete what is not ASCII give it 0; and a short text has no 4-grams."""
+    assert metrics.chrf([text], [text]) == pytest.approx([100])
+    assert metrics.bleu([text], [text]) == pytest.approx([100])
+    assert metrics.rouge_l([text], [text]) == [1]
+
+
+def test_unrelated_and_empty_text_scores_nothing():
+    for score in (metrics.chrf, metrics.bleu, metrics.rouge_l):
+        assert score(["زكام", "", "زكام", ""], ["شلل", "شلل", "", ""]).tolist() == [0, 0, 0, 0]
+
+
+def test_bleu_splits_at_arabic_punctuation():
+    """The last word is the same with and without a question mark: 4 of 5, 3 of 4, 2 of 3 and 1 of 2 n-grams."""
+    expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    assert metrics.bleu(["راجع طبيبك غدا صباحا؟"], ["راجع طبيبك غدا صباحا"]) == pytest.approx([expected])
+
+
+def test_corpus_scores_are_of_all_rows_as_one_text():
+    answers, references = ["أ ب ج د ه و ز", "ح"], ["أ ب ج د ه و ز", "ط"]
+    scores = metrics.corpus_scores(answers, references)
+    assert scores["BLEU"] == pytest.approx(100 * (7 / 8) ** 0.25)  # 1-grams 7 of 8, all of the longer ones
+    assert metrics.chrf(answers, references).mean() == pytest.approx(50)
+    assert scores["chrF"] > 60  # of long rows more
+    assert math.isnan(metrics.corpus_scores([], [])["BLEU"])
+
+
+def test_words():
+    """Diacritics, tatweel, case and punctuation do not count; the forms of alef do."""
+    assert metrics.words("خُذْ حبّةً، (2.5 MG) كـــل ٨ ساعات؟") == ["خذ", "حبة", "2", "5", "mg", "كل", "٨", "ساعات"]
+    assert metrics.words("أإا ىي ةه") == ["أإا", "ىي", "ةه"]
+    assert metrics.words("؟! …") == []
+
+
+def test_rouge_l_by_hand():
+    """Longest common subsequence: راجع الطبيب غدا, 3 of 4 and of 5 words."""
+    assert metrics.rouge_l(["راجع الطبيب المختص غدا"], ["راجع أنت الطبيب، غدًا صباحا"]) == pytest.approx([2 * 3 / (4 + 5)])
+
+
+def test_longest_common_subsequence_against_the_table():
+    random = Random(0)
+    for _ in range(200):
+        a, b = ([random.choice("abc") for _ in range(random.randrange(90))] for _ in range(2))
+        table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+        for i in range(len(a)):
+            for j in range(len(b)):
+                table[i + 1][j + 1] = table[i][j] + 1 if a[i] == b[j] else max(table[i][j + 1], table[i + 1][j])
+        assert metrics.longest_common_subsequence(a, b) == table[-1][-1]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("نعم نعم نعم نعم", True),
+    ("راجع الطبيب غدا إن شاء الله راجع الطبيب غدا إن شاء الله", True),
+    ("تناول الدواء بعد الأكل مع كوب ماء، واشرب السوائل واشرب السوائل واشرب السوائل واشرب السوائل", True),
+    ("قرص قبل الأكل ثلاث مرات يوميا لمدة أسبوع، ثم كبسولة مساء ثلاث مرات يوميا لمدة شهر", False),
+    ("نعم نعم", False),
+    ("", False),
+])
+def test_repetitive(text, expected):
+    """Loops; not a dosage that comes twice."""
+    assert metrics.repetitive(text) == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("أعاني من ألم شديد في الركبة اليمنى", True),
+    ("ألم شديد في الرُّكبة اليمنى: ارتح، وخذ مسكنا", True),
+    ("أنت تشكو من ألم شديد في الركبة، فارتح وخذ مسكنا وضع كمادات", False),
+    ("ألم في الركبة", False),
+])
+def test_repeats_complaint(text, expected):
+    """More than half of the words in stretches of five; a short mention is no repetition."""
+    assert metrics.repeats_complaint(text, "السلام عليكم، أعاني من ألم شديد في الركبة اليمنى منذ شهر") == expected
+
+
+URGENT = {
+    "msa": ["توجّه إلى قسم الطوارئ", "اذهب فورًا إلى المستشفى", "توجه حالًا", "راجع الطبيب في أسرع وقت", "اتصل بالإسعاف", "اتصل على الرقم ٩٩٧",
+            "إذا زاد الألم فاذهب إلى الطوارئ", "لا تتردد في الذهاب إلى الطوارئ", "لا داعي للانتظار، اذهب إلى الطوارئ", "الطوارىء",
+            "الــطـوارئ", "اتصلوا بـ911", "اذهب إلى أقرب مستشفى"],
+    "egyptian": ["روح الطوارئ دلوقتي", "كلّمي الإسعاف", "لا لازم تروح الطوارئ", "انزلوا بيه لأقرب مستشفى", "اتصل ب123"],
+    "gulf": ["وديه المستشفى الحين", "لطوارئ العيون"],
+    "levantine": ["عالطوارئ هلق", "روح ع الإسعاف", "خدوه عالمستشفى هلق"],
+    "maghrebi": ["سير للمستعجلات دابا", "روح للاستعجالات", "عيطو للحماية المدنية"],
+}
+NOT_URGENT = ["لا داعي للطوارئ", "ما في داعي تروح عالطوارئ", "مش محتاج طوارئ", "الحالة لا تستدعي الذهاب إلى الطوارئ", "ليست حالة طوارئ",
+              "ماتحتاجش طوارئ", "مو لازم طوارئ", "استعمل حقنة الطوارئ", "دورة في الإسعاف الأولي", "صندوق الإسعافات الأولية",
+              "راجع طبيب الجلدية خلال أسبوع", "اذهب إلى المستشفى لعمل أشعة", "أوقف الدواء فورًا", "خذ ٩١١ ملغ", ""]
+
+
+@pytest.mark.parametrize("text", sum(URGENT.values(), []))
+def test_urgent(text):
+    assert metrics.urgent(text)
+
+
+@pytest.mark.parametrize("text", NOT_URGENT)
+def test_not_urgent(text):
+    assert not metrics.urgent(text)
+
+
+def test_urgent_on_the_sample():
+    """The critical responses were written to send to emergency care, the non-critical ones were not."""
+    lines = Path(__file__).parents[1].joinpath("data/sample.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {name: [] for name in ("critical", "non-critical")}
+    for row in map(json.loads, lines):
+        found.get(row["Severity"], []).append(metrics.urgent(row["Answer"]))
+    assert np.mean(found["critical"]) > 0.95
+    assert np.mean(found["non-critical"]) < 0.1

@@ -1,6 +1,8 @@
 """The models against golden/ (made by golden/make_models.py): after every block, to 1e-5 of the largest value, in fp32."""
 
+import json
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ from safetensors.torch import load_file
 from sevloss import InputError
 from sevloss.models import load_model
 from sevloss.models.layout import Cache, Documents
+from sevloss.models.llama import rotary_angles
 
-CAUSAL = ["gpt2", "gpt2_scaled", "aragpt2"]
+CAUSAL = ["gpt2", "gpt2_scaled", "aragpt2", "bloom", "bloom_post", "llama", "qwen2", "qwen2_window", "qwen3", "lfm2"]
 ALL = [*CAUSAL, "bert"]
-KINDS = {"causal": True, "bidirectional": False}
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def assert_same(ours, reference):
 
 def hidden_states(model, tokens, lengths):
     """[what goes into the first block, what comes out of each]"""
-    blocks = model.transformer["h"] if hasattr(model, "transformer") else model.bert["encoder"]["layer"]
+    blocks = model.bert["encoder"]["layer"] if hasattr(model, "bert") else model.blocks
     states = []
     hooks = [blocks[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))]
     hooks += [block.register_forward_hook(lambda module, args, output: states.append(output)) for block in blocks]
@@ -101,8 +103,10 @@ def test_blocks_output(load):
         model.blocks_output(tokens, lengths, 4)
 
 
-@pytest.mark.parametrize("name, rates", [("gpt2", ["embd_pdrop", "attn_pdrop", "resid_pdrop"]),
-                                         ("bert", ["hidden_dropout_prob", "attention_probs_dropout_prob"])])
+@pytest.mark.parametrize("name, rates", [
+    ("gpt2", ["embd_pdrop", "attn_pdrop", "resid_pdrop"]), ("bloom", ["hidden_dropout", "attention_dropout"]),
+    ("llama", ["attention_dropout"]), ("qwen2", ["attention_dropout"]), ("qwen3", ["attention_dropout"]), ("lfm2", []),
+    ("bert", ["hidden_dropout_prob", "attention_probs_dropout_prob"])], ids=lambda value: value if isinstance(value, str) else "")
 @torch.no_grad()
 def test_dropout_rates(edited, golden, name, rates):
     """Each rate of config.json acts while training, alone; with all at 0 (and in eval mode) nothing is dropped."""
@@ -115,13 +119,62 @@ def test_dropout_rates(edited, golden, name, rates):
         assert not torch.allclose(dropping(document, [9]), plain, atol=0.1), rate
 
 
-@pytest.mark.parametrize("name, context", [("gpt2", 29), ("aragpt2", 29), ("bert", 29)])
+@pytest.mark.parametrize("name, context", [("gpt2", 29), ("aragpt2", 29), ("llama", 256), ("qwen2", 29), ("qwen3", 29), ("lfm2", 29),
+                                           ("bert", 29)])
 @torch.no_grad()
 def test_longest_text(load, name, context):
     model = load(name)[0]
     assert model(torch.ones(context, dtype=torch.long), [context]).isfinite().all()
     with pytest.raises(InputError, match=f"a text has {context + 1} tokens, the model reads {context}"):
         model(torch.ones(context + 3, dtype=torch.long), [2, context + 1])
+
+
+@torch.no_grad()
+def test_alibi_sets_no_limit(edited, load):
+    """BLOOM reads texts longer than those of its training; the loss of a long text is no error."""
+    _, tokens, lengths, expected = load("bloom")
+    assert_same(load_model(edited("bloom", seq_length=5))(tokens, lengths), expected["final"])
+
+
+# ------------------------------------------------------------------ rotary positions
+
+def test_rotary_angles_far_from_the_start(load):
+    """In fp32, against fp64; and type "linear" spreads positions out."""
+    config, positions = load("qwen2")[0].config, torch.tensor([0, 1, 257, 2001, 3999])
+    rope = {"rope_type": "default", "rope_theta": 50.0}
+    angles = positions.double()[:, None] * 50 ** (-torch.arange(0, 8, 2) / 8).double()
+    for factor, told in ((1, rope), (4, rope | {"rope_type": "linear", "factor": 4.0})):
+        for ours, exact in zip(rotary_angles(replace(config, rope_parameters=told), positions * factor, 8), (angles.cos(), angles.sin())):
+            assert ours.dtype == torch.float32
+            assert (ours[:, 0] - exact).abs().max() < 1e-3
+
+
+class Recording(Documents):
+    """Keeps what attention is given in the first block that has any."""
+
+    def attend(self, q, k, v, layer, **told):
+        if not hasattr(self, "turned"):
+            self.turned = torch.cat([q, k], dim=1).float()
+        return super().attend(q, k, v, layer, **told)
+
+
+@pytest.mark.parametrize("how", ["weights in bf16", "autocast"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "lfm2"])
+@torch.no_grad()
+def test_rotary_angles_are_fp32(edited, golden, name, how):
+    """Far from the start q and k are turned as in fp32. Frequencies, positions or angles in bf16 would move them by an eighth of their
+    length or more; the rest of bf16 moves them by 0.03 at most."""
+    raw = json.loads((golden / name / "config.json").read_text())
+    folder = edited(name, max_position_embeddings=4096, rope_parameters=raw["rope_parameters"] | {"rope_theta": 50.0})
+    torch.manual_seed(0)
+    tokens, turned = torch.randint(53, (2000,)), []
+    for half in (False, True):
+        model = load_model(folder, dtype=torch.bfloat16 if half and how == "weights in bf16" else torch.float32)
+        layout = Recording([2000], "cpu", causal=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and how == "autocast"):
+            model.stream(tokens, layout)
+        turned.append(layout.turned[-500:])
+    assert (turned[1] - turned[0]).norm() < 0.05 * turned[0].norm()
 
 
 # ------------------------------------------------------------------ documents in one stream
@@ -131,13 +184,14 @@ def test_longest_text(load, name, context):
 def test_documents_do_not_see_each_other(load, name):
     """Hidden states of a document stay when its neighbours change; without the boundary they would not."""
     model, tokens, lengths, _ = load(name)
-    first, middle, last = tokens.split(lengths)
-    alone = model(middle, [len(middle)])
-    for before, after in ((first, last), (last, first), (middle.flip(0), middle.flip(0)), (first[:1], middle)):
-        stream, where = torch.cat([before, middle, after]), slice(len(before), len(before) + len(middle))
-        assert_same(model(stream, [len(before), len(middle), len(after)])[where], alone)
-        joint = model(stream, [len(stream)])[where]
-        assert (joint - alone).abs().max() > 0.01 * alone.abs().max()
+    texts = tokens.split(lengths)
+    for text, other in permutations(texts, 2):
+        alone = model(text, [len(text)])
+        for before, after in ((other, text), (other[-1:], other), (text.flip(0), other[:2])):
+            stream, where = torch.cat([before, text, after]), slice(len(before), len(before) + len(text))
+            assert_same(model(stream, [len(before), len(text), len(after)])[where], alone)
+            joint = model(stream, [len(stream)])[where]
+            assert (joint - alone).abs().max() > 0.01 * alone.abs().max()
 
 
 def heads(lengths, q_heads=4, kv_heads=2, d=8, dtype=torch.float32):
@@ -145,24 +199,30 @@ def heads(lengths, q_heads=4, kv_heads=2, d=8, dtype=torch.float32):
     return [torch.randn(sum(lengths), count, d, dtype=dtype, requires_grad=True) for count in (q_heads, kv_heads, kv_heads)]
 
 
-@pytest.mark.parametrize("causal", KINDS.values(), ids=KINDS)
+# whether attention is causal, and what else it is told
+KINDS = {"causal": (True, {}), "bidirectional": (False, {}),
+         "alibi": (True, {"slopes": torch.tensor([0.5, 0.125, 0.03, 0.7])}), "window": (True, {"window": 3})}
+
+
+@pytest.mark.parametrize("causal, told", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [1, 7, 7, 3, 1]], ids=str)
-def test_attention_in_runs_and_padded_are_the_same(lengths, causal):
+def test_attention_in_runs_and_padded_are_the_same(lengths, causal, told):
     """The CPU's path, the CUDA path without flash, and attention spelled out with a mask over the whole stream: outputs and gradients."""
     layout = Documents(lengths, "cpu", causal=causal)
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    visible = document[:, None] == document
-    visible = visible.tril() if causal else visible
+    document, at = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)), torch.arange(sum(lengths))
+    distance = at[:, None] - at
+    visible = (document[:, None] == document) & (distance < told.get("window", torch.inf))
+    visible = visible & (distance >= 0) if causal else visible
 
-    def spelled_out(q, k, v, dropout, scale):
+    def spelled_out(q, k, v, dropout, scale, **_):
         k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))  # each kv head serves two query heads
-        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale - told.get("slopes", torch.zeros(4))[:, None, None] * distance
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
     results = []
     for attend in (spelled_out, layout._attend_in_runs, layout._attend_padded):
         qkv = heads(lengths)
-        out = attend(*qkv, 0.0, 0.3)
+        out = attend(*qkv, 0.0, 0.3, **told)
         out.square().sum().backward()
         results.append([out, *(t.grad for t in qkv)])
     for result in results[1:]:
@@ -170,25 +230,44 @@ def test_attention_in_runs_and_padded_are_the_same(lengths, causal):
             assert_same(ours, reference)
 
 
-@pytest.mark.parametrize("causal", KINDS.values(), ids=KINDS)
-def test_flash_path_is_called_as_it_wants(causal):
-    """Shapes and arguments only: on the meta device nothing is computed."""
+@pytest.mark.parametrize("causal, told", [KINDS[kind] for kind in ("causal", "bidirectional", "window")])
+def test_flash_path_is_called_as_it_wants(causal, told):
+    """Shapes and arguments only: on the meta device nothing is computed. ALiBi does not go through flash."""
     qkv = [t.to("meta", torch.bfloat16) for t in heads([3, 4])]
-    assert Documents([3, 4], "meta", causal=causal)._attend_varlen(*qkv, 0.3).shape == (7, 4, 8)
+    assert Documents([3, 4], "meta", causal=causal)._attend_varlen(*qkv, 0.3, **told).shape == (7, 4, 8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("causal", KINDS.values(), ids=KINDS)
-def test_attention_on_a_gpu(causal, dtype):
+@pytest.mark.parametrize("causal, told", KINDS.values(), ids=KINDS)
+def test_attention_on_a_gpu(causal, told, dtype):
     lengths, results = [1, 7, 7, 3, 1], []
     for device in ("cpu", "cuda"):
         qkv = heads(lengths, dtype=dtype)
-        out = Documents(lengths, device, causal=causal).attend(*(t.to(device) for t in qkv), 0)
+        there = {name: value.to(device) if name == "slopes" else value for name, value in told.items()}
+        out = Documents(lengths, device, causal=causal).attend(*(t.to(device) for t in qkv), 0, **there)
         out.float().square().sum().backward()
         results.append([out.cpu(), *(t.grad for t in qkv)])
     for ours, reference in zip(*results):
         torch.testing.assert_close(ours, reference, atol=0.05 if dtype == torch.bfloat16 else 1e-5, rtol=0.02)
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 7, 2, 2, 1, 4]], ids=str)
+def test_convolution_against_torch(lengths):
+    """Outputs and gradients, one document at a time through conv1d."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(sum(lengths), 6), torch.randn(6, 3)
+    results = []
+    for whole in (True, False):
+        xi, wi = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        if whole:
+            out = Documents(lengths, "cpu", causal=True).convolve(xi, wi, 0)
+        else:
+            out = torch.cat([F.conv1d(F.pad(document.T, (2, 0)), wi[:, None], groups=6).T for document in xi.split(lengths)])
+        out.square().sum().backward()
+        results.append([out, xi.grad, wi.grad])
+    for ours, reference in zip(*results):
+        assert_same(ours, reference)
 
 
 def test_positions_start_anew_in_each_document():
@@ -202,16 +281,18 @@ def test_positions_start_anew_in_each_document():
 
 @pytest.mark.parametrize("name", CAUSAL)
 @torch.no_grad()
-def test_cache_is_the_same_as_none(load, name):
-    """Token by token, with documents of several lengths of which one after the other ends."""
+def test_cache_is_the_same_as_none(load, name, monkeypatch):
+    """Token by token, with documents of several lengths of which one after the other ends, in a buffer that grows several times."""
+    monkeypatch.setattr(Cache, "ROOM", 3)
     model, tokens, lengths, expected = load(name)
-    written, alive, ends = list(tokens.split(lengths)), [0, 1, 2], {4: [0, 1], 9: [1]}
-    cache = Cache(lengths, max(lengths) + 16, "cpu")
+    written, alive = list(tokens.split(lengths)), list(range(len(lengths)))
+    ends = {4: [document for document in alive if document != 2], 9: [1]}
+    cache = Cache(lengths, "cpu")
     assert_same(model.stream(tokens, cache), expected["final"])
     for step in range(16):
         cache.advance()
         if step in ends:
-            cache.keep(torch.tensor([alive.index(document) for document in ends[step]]))
+            cache.keep([alive.index(document) for document in ends[step]])
             alive = ends[step]
         new = expected["greedy"][alive, step]
         for document, token in zip(alive, new):
@@ -222,11 +303,12 @@ def test_cache_is_the_same_as_none(load, name):
         assert_same(model.stream(new, cache), uncached[lasts])
 
 
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "lfm2"])
 @torch.no_grad()
-def test_cache_stops_at_the_context(load):
+def test_cache_stops_at_the_context(load, name):
     """One clear line rather than an index error when a text outgrows the model while it is written."""
-    model = load("gpt2")[0]
-    cache = Cache([28, 3], 40, "cpu")
+    model = load(name)[0]
+    cache = Cache([28, 3], "cpu")
     model.stream(torch.ones(31, dtype=torch.long), cache)
     cache.advance()
     model.stream(torch.ones(2, dtype=torch.long), cache)

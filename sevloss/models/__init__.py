@@ -19,6 +19,7 @@ from sevloss.models.bloom import Bloom
 from sevloss.models.gpt2 import GPT2
 from sevloss.models.lfm2 import Lfm2
 from sevloss.models.llama import Llama
+from sevloss.tokenizer import from_vocabulary
 
 FAMILIES = {"gpt2": GPT2, "aragpt2": GPT2, "bloom": Bloom, "llama": Llama, "qwen2": Llama, "qwen3": Llama, "lfm2": Lfm2, "bert": Bert}
 
@@ -43,20 +44,25 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
     expected = model.state_dict()
     tied = model.config.tie_word_embeddings if hasattr(model, "head_weight") else False
 
-    state, surplus = {}, []
-    for stored_name, read in stored.items():
+    state, surplus, places, second_head = {}, [], set(), None
+    for stored_name in list(stored):
+        read = stored.pop(stored_name)  # taken out, so that what the file's version takes is freed in turn
         name = stored_name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if name not in expected and family.prefix + name in expected:
             name = family.prefix + name
         if name in expected:
-            tensor = read()
+            tensor = read().to(device=device, dtype=dtype)
             if tensor.shape != expected[name].shape:
                 if name.startswith(("classifier.", "mean_classifier.")) and num_labels:  # a head for other classes: start afresh
                     continue
                 raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, "
                                  f"config.json asks for {tuple(expected[name].shape)}")
-            state[name] = tensor.to(device=device, dtype=dtype, copy=True)  # a copy: files are mapped
-        elif not (re.search(family.unused, name) or (tied and name == "lm_head.weight")):
+            # In a .bin two tensors can lie on one place in memory. Training one would change the other, unless one of them is copied.
+            state[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+            places.add(tensor.data_ptr())
+        elif tied and name == "lm_head.weight":
+            second_head = read
+        elif not re.search(family.unused, name):
             surplus.append(stored_name)
     missing = [name for name in expected if name not in state]
     if surplus:
@@ -68,8 +74,16 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
         print(f"initialised, not in the checkpoint: {_some(missing)}")
         state |= {name: initial(name, expected[name].shape).to(device=device, dtype=dtype) for name in missing}
     model.load_state_dict(state, assign=True)
+    if second_head and not _equal(second_head(), model.head_weight):
+        raise InputError(f"{ckpt}: config.json ties the head to the embedding, but lm_head.weight differs from it: "
+                         "to use it, set tie_word_embeddings to false there")
     model.base = hub.full_name(ckpt)
     return model.eval()
+
+
+def _equal(stored, tensor):
+    """Whether `stored` is what `tensor` was read from. In parts, to save memory."""
+    return stored.shape == tensor.shape and all(torch.equal(a.to(b), b) for a, b in zip(stored.split(4096), tensor.split(4096)))
 
 
 def _load_adapted(folder, dtype, device):
@@ -130,15 +144,25 @@ def initial(name, shape):
 
 
 def load_tokenizer(ckpt) -> Tokenizer:
-    """The checkpoint's tokenizer.json; padding and truncation that it may have fixed are switched off."""
+    """The checkpoint's tokenizer.json, else what its vocab files give; padding and truncation that it may have fixed are switched off."""
     path = hub.find_file(ckpt, hub.TOKENIZERS)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path)) if path.name == "tokenizer.json" else from_vocabulary(ckpt, path)
+    except InputError:
+        raise
     except Exception as error:  # the binding raises plain Exception
-        raise InputError(f"{path} cannot be read as a tokenizer: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path} cannot be read as a tokenizer: {(str(error).splitlines() or [type(error).__name__])[0]}; "
+                         "delete it and get it again") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def check_fits(model, tokenizer, ckpt):
+    """InputError where the tokenizer of `ckpt` gives ids that the embedding has no row for. A larger embedding is fine: many are padded."""
+    if (tokens := max(tokenizer.get_vocab().values(), default=-1) + 1) > model.config.vocab_size:
+        raise InputError(f"{ckpt}: the tokenizer has {tokens} tokens, the model {model.config.vocab_size}: "
+                         "take the tokenizer that the model was trained with")
 
 
 def save_model(model, tokenizer, folder):
@@ -158,8 +182,10 @@ def save_model(model, tokenizer, folder):
         lora.save(model, folder)
     else:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody but the owner read
+        weights = folder / "model.safetensors.tmp"  # renamed when it is whole: a stop in between leaves the weights of before
+        save_file(state, weights, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", weights)  # safetensors lets nobody but the owner read
+        weights.replace(folder / "model.safetensors")
     tokenizer.save(str(folder / "tokenizer.json"))
 
     # Without this file transformers picks a class by model_type and, for GPT-2, loses the prefix space.

@@ -84,7 +84,7 @@ class Documents:
         key = length, window, dtype
         if key not in self._masks:
             t = torch.arange(length, device=self.device)
-            self._masks[key] = _causal_mask(t[:, None] - t, slopes, window, dtype)
+            self._masks[key] = _added_mask(t[:, None] - t, slopes, window).to(dtype)
         return {"attn_mask": self._masks[key]}
 
     def _cuda_rows(self):
@@ -103,14 +103,16 @@ class Documents:
 class Cache:
     """Decoding: the first stream holds the prompts, every later one holds one new token per document still being written.
 
-    Keys and values lie in one buffer a layer, (B, H, capacity, d), documents left-aligned, so positions need no correction. Of what
-    a convolution has read, (B, K - 1, D) is kept a layer.
+    Keys and values lie in one buffer a layer, (B, K, room, d) for K key heads, documents left-aligned, so positions need no
+    correction; it grows by ROOM tokens. Of what a convolution has read, (B, width - 1, D) is kept a layer.
     """
 
-    def __init__(self, prompt_lengths, capacity, device):
+    ROOM = 64
+
+    def __init__(self, prompt_lengths, device):
         self.prompts = Documents(prompt_lengths, device, causal=True)
         self.lengths = torch.tensor(self.prompts.lengths, device=device)  # tokens of each document that are stored
-        self.longest, self.capacity = self.prompts.longest, capacity
+        self.longest, self.room = self.prompts.longest, self.prompts.longest + self.ROOM
         self.positions, self.filled, self.buffers, self.inputs = self.prompts.positions, False, {}, {}
 
     def advance(self):
@@ -121,20 +123,32 @@ class Cache:
         self.filled = True
         self.positions = self.lengths
         self._masks = {}
+        if self.longest > self.room:
+            self.room += self.ROOM
+            self.buffers = {layer: tuple(F.pad(t, (0, 0, 0, self.ROOM)) for t in pair) for layer, pair in self.buffers.items()}
 
     def keep(self, rows):
-        """After `advance`: only the documents `rows` (an index tensor) go on."""
-        self.lengths = self.lengths[rows]
+        """After `advance`: only the documents `rows` go on, in this order. A row stays in its place or comes from behind the new end
+        (3, 1 of 0..3, not 1, 3), so that what moves is a row for each that ended, not the whole cache."""
+        n = len(rows)
+        places, moved = [i for i, row in enumerate(rows) if row != i], [row for i, row in enumerate(rows) if row != i]
+        if any(row < n for row in moved):
+            raise ValueError(f"rows {list(rows)} would overwrite one another")
+
+        def kept(t):
+            t[places] = t[moved]
+            return t[:n]
+        self.lengths = kept(self.lengths)
         self.longest = int(self.lengths.max()) + 1
         self.positions = self.lengths
         self._masks = {}
-        self.buffers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.buffers.items()}
-        self.inputs = {layer: x[rows] for layer, x in self.inputs.items()}
+        self.buffers = {layer: (kept(k), kept(v)) for layer, (k, v) in self.buffers.items()}
+        self.inputs = {layer: kept(x) for layer, x in self.inputs.items()}
 
     def attend(self, q, k, v, layer, *, dropout=0.0, scale=None, slopes=None, window=None):
         if not self.filled:
             starts, lengths = 0, self.prompts.lengths
-            buffers = [t.new_zeros(len(lengths), t.shape[1], self.capacity, t.shape[2]) for t in (k, v)]
+            buffers = [t.new_zeros(len(lengths), t.shape[1], self.room, t.shape[2]) for t in (k, v)]
             for b, n in enumerate(lengths):
                 for buffer, t in zip(buffers, (k, v)):
                     buffer[b, :, :n] = t[starts:starts + n].transpose(0, 1)
@@ -144,11 +158,14 @@ class Cache:
         b = torch.arange(len(q), device=q.device)
         keys, values = self.buffers[layer]
         keys[b, :, self.lengths], values[b, :, self.lengths] = k, v
-        seen = slice(0, self.longest)
+        # All of the buffer is read, what is not yet written under the mask: a slice of it would be copied before each product.
         if window not in self._masks:  # a token is stored at `lengths` and sees everything up to itself
-            distance = self.lengths[:, None] - torch.arange(self.longest, device=q.device)  # (B, T)
-            self._masks[window] = _causal_mask(distance[:, None], slopes, window, q.dtype)
-        return _sdpa(q[:, :, None], keys[:, :, seen], values[:, :, seen], attn_mask=self._masks[window], scale=scale)[:, :, 0]  # (B, H, d)
+            distance = self.lengths[:, None] - torch.arange(self.room, device=q.device)  # (B, room)
+            self._masks[window] = _added_mask(distance[:, None], slopes, window)
+        # Spelled out: with one query a row SDPA takes two to three times as long on a CPU.
+        q = q.unflatten(1, (keys.shape[1], -1))  # (B, K, G, d): the G query heads that share a key head
+        scores = (q @ keys.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale) + self._masks[window]
+        return (scores.softmax(-1).to(q.dtype) @ values).flatten(1, 2)  # (B, H, d)
 
     def convolve(self, x, weight, layer):
         if not self.filled:
@@ -164,15 +181,14 @@ class Cache:
         return (seen * weight.T).sum(1)
 
 
-def _causal_mask(distance, slopes, window, dtype):
-    """distance (..., Q, T) from a query back to a key -> a mask for SDPA, (..., 1 or H, Q, T): booleans, or with slopes what is added."""
-    visible = distance >= 0
+def _added_mask(distance, slopes, window):
+    """distance (..., Q, T) from a query back to a key -> (..., 1 or H, Q, T), added to the scores: -inf where nothing may be seen."""
+    hidden = distance < 0
     if window:
-        visible &= distance < window
-    visible, distance = visible.unsqueeze(-3), distance.unsqueeze(-3)
-    if slopes is None:
-        return visible
-    return (-slopes[:, None, None] * distance).masked_fill(~visible, -torch.inf).to(dtype)
+        hidden |= distance >= window
+    hidden, distance = hidden.unsqueeze(-3), distance.unsqueeze(-3)
+    slopes = torch.zeros(1, device=distance.device) if slopes is None else slopes
+    return (-slopes[:, None, None] * distance).masked_fill(hidden, -torch.inf)
 
 
 def _sdpa(q, k, v, **arguments):

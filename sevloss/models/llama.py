@@ -153,6 +153,7 @@ class Llama(nn.Module):
         super().__init__()
         if config.hidden_act != "silu":
             raise InputError(f"hidden_act {config.hidden_act!r} in config.json is not known; a {config.model_type} has silu")
+        rotary_angles(config, torch.zeros(1, device="cpu"), 2)  # refuses what it does not know, before anything is computed
         self.config = config
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -164,7 +165,9 @@ class Llama(nn.Module):
 
     @staticmethod
     def adapt(raw, names):
-        return raw
+        """What a config.json of `transformers` may leave out differs between the three."""
+        silent = {"qwen2": {"max_position_embeddings": 32768}, "qwen3": {"max_position_embeddings": 32768, "head_dim": 128}}
+        return silent.get(raw["model_type"], {}) | raw
 
     @property
     def architecture(self):

@@ -1,4 +1,4 @@
-"""Write gpt2/, gpt2_scaled/, aragpt2/ and bert/: tiny random checkpoints, and what the reference makes of them, for tests/test_models.py.
+"""Write the folders beside this file: tiny random checkpoints, and what the reference makes of them, for tests/test_models.py.
 
     pip install torch==2.13.0 transformers==5.23.0
     python tests/golden/make_models.py
@@ -18,7 +18,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 try:
-    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+    from transformers import (
+        AutoModelForCausalLM,
+        BertConfig,
+        BertForSequenceClassification,
+        BloomConfig,
+        GPT2Config,
+        Lfm2Config,
+        LlamaConfig,
+        Qwen2Config,
+        Qwen3Config,
+    )
 except ImportError:
     raise SystemExit("The golden files come from the package `transformers`: pip install transformers==5.23.0") from None
 
@@ -45,8 +55,8 @@ def write(name, config, weights, expected, documents):
     print(f"{name}: {sum(path.stat().st_size for path in folder.iterdir()) / 1000:.0f} kB")
 
 
-def documents(vocab_size):
-    return [torch.randint(vocab_size, (length,)) for length in LENGTHS]
+def documents(vocab_size, lengths=LENGTHS):
+    return [torch.randint(vocab_size, (length,)) for length in lengths]
 
 
 def causal_expected(run, documents, watched, watched_name):
@@ -79,23 +89,66 @@ def collect_blocks(blocks):
     return states
 
 
-def make_gpt2(name, seed, **sizes):
+def make_causal(name, seed, config, watched, lengths=LENGTHS):
+    """watched: the parameter whose gradient is stored."""
     torch.manual_seed(seed)
-    config = GPT2Config(bos_token_id=0, eos_token_id=0, attn_implementation="eager", **sizes)
-    model = GPT2LMHeadModel(config).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     randomise(model.named_parameters())
-    states, finals = collect_blocks(model.transformer.h), []
-    model.transformer.ln_f.register_forward_hook(lambda module, args, output: finals.append(output[0]))
+    body, finals = model.base_model, []
+    final_norm = next(getattr(body, norm) for norm in ("ln_f", "norm", "embedding_norm") if hasattr(body, norm))
+    final_norm.register_forward_hook(lambda module, args, output: finals.append(output[0]))
+    states = collect_blocks(body.h if hasattr(body, "h") else body.layers)
 
     def run(document):
-        logits = model(document[None], use_cache=False).logits[0]
+        logits = model(document[None]).logits[0]
         return list(states), finals.pop(), logits
 
-    texts = documents(config.vocab_size)
-    watched = "transformer.h.0.attn.c_attn.weight"
+    texts = documents(config.vocab_size, lengths)
     expected = causal_expected(run, texts, model.get_parameter(watched), watched)
     weights = {key: tensor for key, tensor in model.state_dict().items() if not (key == "lm_head.weight" and config.tie_word_embeddings)}
-    write(name, stored(config, "GPT2LMHeadModel"), weights, expected, texts)
+    write(name, stored(config, type(model).__name__), weights, expected, texts)
+
+
+def make_gpt2(name, seed, **sizes):
+    make_causal(name, seed, GPT2Config(bos_token_id=0, eos_token_id=0, **sizes), "transformer.h.0.attn.c_attn.weight")
+
+
+def make_bloom(name, seed, **sizes):
+    make_causal(name, seed, BloomConfig(**sizes), "transformer.h.0.self_attention.query_key_value.weight")
+
+
+def make_llama(seed):
+    """Llama-3 stretches the long wavelengths, keeps the short ones and blends between: there is one of each here."""
+    rope = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}
+    config = LlamaConfig(vocab_size=53, hidden_size=24, intermediate_size=29, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, rope_parameters=rope)
+    short, middle, long = (2 * math.pi * 100 ** (i / 3) for i in range(3))
+    assert short < 64 / 4 < middle < 64 / 1 < long
+    make_causal("llama", seed, config, "model.layers.0.self_attn.q_proj.weight")
+
+
+def make_qwen2(name, seed, **window):
+    config = Qwen2Config(vocab_size=53, hidden_size=24, intermediate_size=29, num_hidden_layers=3, num_attention_heads=6,
+                         num_key_value_heads=2, max_position_embeddings=29, tie_word_embeddings=True,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **window)
+    make_causal(name, seed, config, "model.layers.0.self_attn.k_proj.weight")
+
+
+def make_qwen3(seed):
+    config = Qwen3Config(vocab_size=53, hidden_size=22, intermediate_size=29, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=8, max_position_embeddings=29, tie_word_embeddings=True,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    make_causal("qwen3", seed, config, "model.layers.0.self_attn.q_proj.weight")
+
+
+def make_lfm2(seed):
+    """Texts of 1 and 2 tokens are shorter than the convolution. The inner size: 2/3 of 31, times 1.3, up to a multiple of 8, is 32."""
+    config = Lfm2Config(vocab_size=53, hidden_size=16, intermediate_size=31, block_multiple_of=8, block_ffn_dim_multiplier=1.3,
+                        num_hidden_layers=5, layer_types=["conv", "conv", "full_attention", "conv", "full_attention"],
+                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=29,
+                        rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    make_causal("lfm2", seed, config, "model.layers.0.conv.in_proj.weight", lengths=[7, 1, 11, 2])
 
 
 def make_aragpt2(seed):
@@ -180,3 +233,11 @@ if __name__ == "__main__":
               scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False)
     make_aragpt2(33)
     make_bert(0)
+    # six heads: ALiBi's slopes for four, and two of the odd ones between
+    make_bloom("bloom", 0, vocab_size=53, hidden_size=18, n_layer=3, n_head=6)
+    make_bloom("bloom_post", 0, vocab_size=51, hidden_size=12, n_layer=2, n_head=4, apply_residual_connection_post_layernorm=True)
+    make_llama(0)
+    make_qwen2("qwen2", 0)
+    make_qwen2("qwen2_window", 0, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    make_qwen3(1)
+    make_lfm2(0)
