@@ -55,7 +55,7 @@ def attach(model, r, *, alpha, dropout=0.0, targets=None):
             raise InputError(f"--lora-targets: the model has no linear layers called {target!r}; it has {', '.join(known)}")
     model.requires_grad_(False)
     for name in sorted({name for names in found.values() for name in names}):
-        _replace(model, name, LoRALinear(model.get_submodule(name), r, alpha, dropout))
+        _replace(model, name, LoRALinear(model.get_submodule(name), r, alpha, dropout).train(model.training))
     model.lora_config = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
 
 

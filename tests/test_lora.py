@@ -1,0 +1,156 @@
+"""LoRA: a frozen base, adapters that learn, and files that `peft` and we read from one another."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+
+from sevloss import InputError
+from sevloss.models import load_model, lora, save_model
+
+
+@pytest.fixture
+def document(golden):
+    expected = load_file(golden / "gpt2" / "expected.safetensors")
+    return expected["tokens"], expected["lengths"].tolist()
+
+
+@pytest.fixture
+def adapted(golden):
+    """adapted("gpt2") -> the golden model with adapters that do something (B starts at 0)."""
+    def make(family="gpt2", **options):
+        torch.manual_seed(0)
+        model = load_model(golden / family)
+        lora.attach(model, 3, alpha=5.0, **options)
+        for layer in lora.layers(model).values():
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
+        return model
+    return make
+
+
+@pytest.fixture
+def from_peft(golden, tmp_path):
+    """from_peft("gpt2", r=4) -> a copy of what peft wrote, with the base filled in and other settings in its adapter_config.json."""
+    def copy(family, **settings):
+        folder = shutil.copytree(golden / f"lora_{family}", tmp_path / "adapters")
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(golden / family)} | settings
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        return folder
+    return copy
+
+
+def assert_same(ours, reference, tolerance=1e-5):
+    assert (ours - reference).abs().max() < tolerance * reference.abs().max()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@torch.no_grad()
+def test_adapters_of_peft(golden, from_peft, family):
+    """Read and merged, they give the logits that peft computed with them."""
+    expected = load_file(golden / family / "expected.safetensors")
+    model = load_model(from_peft(family))
+    logits = model(expected["tokens"], expected["lengths"].tolist()) @ model.head_weight.T
+    assert_same(logits, load_file(golden / f"lora_{family}" / "expected.safetensors")["logits"])
+    assert (logits - expected["logits"]).abs().max() > 0.1 * logits.abs().max()  # they do something
+    assert not lora.layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama", "qwen2", "qwen3", "lfm2"])
+def test_every_family_has_targets(golden, family):
+    """The untrained adapters change nothing, and gradients reach them alone."""
+    expected = load_file(golden / family / "expected.safetensors")
+    tokens, lengths = expected["tokens"], expected["lengths"].tolist()
+    model = load_model(golden / family)
+    lora.attach(model, 2, alpha=4.0)
+    hidden = model(tokens, lengths)
+    assert_same(hidden, expected["final"])
+    hidden.square().sum().backward()
+    layers = lora.layers(model)
+    assert layers and all(layer.lora_B.weight.grad.abs().max() > 0 for layer in layers.values())
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@torch.no_grad()
+def test_merging_changes_nothing_but_the_layers(adapted, golden, family):
+    tokens, model = torch.arange(9), adapted(family)
+    before = model(tokens, [9])
+    lora.merge(model)
+    assert_same(model(tokens, [9]), before)
+    assert list(model.state_dict()) == list(load_model(golden / family).state_dict())
+
+
+@torch.no_grad()
+def test_saved_and_read_again(adapted, document, tmp_path):
+    model = adapted()
+    save_model(model, Tokenizer(models.BPE()), tmp_path / "run")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert_same(load_model(tmp_path / "run")(*document), model(*document))
+
+
+@torch.no_grad()
+def test_peft_opens_what_is_saved(adapted, golden, document, tmp_path):
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+    for family in ("gpt2", "llama"):
+        model = adapted(family)
+        save_model(model, Tokenizer(models.BPE()), tmp_path / family)
+        base = AutoModelForCausalLM.from_pretrained(golden / family, dtype=torch.float32)
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / family)
+        tokens = document[0][:7]
+        assert_same(model(tokens, [7]) @ model.head_weight.T, theirs.eval()(tokens[None]).logits[0])
+
+
+def test_base_in_16_bits_adapters_in_32(golden):
+    """The adapters learn in fp32 on a base that is stored as it is computed; the base stays as it was."""
+    model = load_model(golden / "llama", dtype=torch.bfloat16).train()
+    lora.attach(model, 2, alpha=4.0)
+    before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model(torch.arange(9), [9])
+    assert hidden.dtype == torch.bfloat16
+    hidden.float().square().sum().backward()
+    optimizer.step()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if not p.requires_grad)
+
+
+def test_dropout_acts_on_the_adapters_alone(adapted):
+    model, tokens = adapted(dropout=0.5), torch.arange(9)
+    for module in model.modules():  # the base's own
+        if isinstance(module, torch.nn.Dropout) and not any(module is layer.dropout for layer in lora.layers(model).values()):
+            module.p = 0.0
+    for block in model.blocks:
+        block.attn.dropout = 0.0
+    plain = model(tokens, [9])
+    assert not torch.allclose(model.train()(tokens, [9]), plain)
+    for layer in lora.layers(model).values():
+        layer.dropout.p = 0.0
+    assert torch.allclose(model(tokens, [9]), plain)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(use_dora=True), "adapters with use_dora True are not known"),
+    (dict(r=4), "lora_A.weight has shape (3, 20), the base asks for (4, 20)"),
+    (dict(target_modules=["c_attn"]), "the adapters do not fit the base"),
+    (dict(target_modules=["q_proj"]), "the model has no linear layers called 'q_proj'; it has c_attn, c_fc, c_proj"),
+    (dict(target_modules="all-linear"), "must give r, lora_alpha and a list target_modules"),
+    (dict(base_model_name_or_path=None), "it must be a whole model"),
+], ids=str)
+def test_adapters_that_do_not_fit(from_peft, settings, message):
+    with pytest.raises(InputError) as caught:
+        load_model(from_peft("gpt2", **settings))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_embedding_is_no_target(golden):
+    model = load_model(golden / "gpt2")
+    with pytest.raises(InputError, match="no linear layers called 'wte'"):
+        lora.attach(model, 2, alpha=4.0, targets=["wte"])
+    assert all(p.requires_grad for p in model.parameters())  # nothing was frozen
