@@ -139,8 +139,6 @@ def main():
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, model.raw_config)
     if not hasattr(model, "head_weight") or not eos_ids(model):
         raise InputError(f"{args.ckpt} is no causal language model with an end-of-text token: nothing to fine-tune")
-    if tokenizer.get_vocab_size() > len(model.head_weight):
-        raise InputError(f"{args.ckpt}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {len(model.head_weight)}")
     model.raw_config["sevloss"] = {"prompt": data.PROMPT, "preprocess": preprocess}
     if args.lora:
         lora.attach(model, args.lora, alpha=args.lora_alpha or 2 * args.lora, dropout=args.lora_dropout, targets=args.lora_targets)

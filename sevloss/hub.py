@@ -3,12 +3,11 @@
 import json
 import pickle
 import re
-import zipfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -39,7 +38,7 @@ SHORT_NAMES = {
     "bert-base-multilingual-cased": "google-bert/bert-base-multilingual-cased",
 }
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZERS = ("tokenizer.json",)
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model")  # the last two are refused
 
 
 def local_folder(ckpt) -> Path:
@@ -48,7 +47,7 @@ def local_folder(ckpt) -> Path:
     Downloads go through huggingface_hub: its cache (HF_HOME), its server (HF_ENDPOINT), its offline switch (HF_HUB_OFFLINE=1).
     """
     if Path(ckpt).is_dir():
-        if not (Path(ckpt) / "config.json").is_file():
+        if not any((Path(ckpt) / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise InputError(f"the folder {ckpt} has no config.json, so it is no checkpoint")
         return Path(ckpt)
     return _download(ckpt, "config.json").parent
@@ -63,8 +62,11 @@ def find_file(ckpt, names) -> Path:
     """The first of `names` that the checkpoint has, downloaded if need be."""
     for name in names:
         if Path(ckpt).is_dir():
-            if (Path(ckpt) / name).is_file():
-                return Path(ckpt) / name
+            if (path := Path(ckpt) / name).is_file():
+                with open(path, "rb") as file:
+                    if file.read(24) == b"version https://git-lfs.":
+                        raise InputError(f"{path} is a git-lfs pointer in place of the file: run `git lfs pull` in its folder")
+                return path
         else:
             try:
                 return _download(ckpt, name)
@@ -75,7 +77,8 @@ def find_file(ckpt, names) -> Path:
                     if isinstance(cached := try_to_load_from_cache(_repository(ckpt), other), str):
                         return Path(cached)
                 raise
-    raise InputError(f"the checkpoint {ckpt} has none of {', '.join(names)}")
+    raise InputError(f"the checkpoint {ckpt} has {'none of ' if len(names) > 1 else 'no '}{', '.join(names)}: "
+                     "complete its download, or take another checkpoint")
 
 
 class Unreachable(InputError):
@@ -114,24 +117,42 @@ def read_json(path) -> dict:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {_first_line(error)}") from error
+        raise InputError(f"{path} cannot be read as JSON: {_first_line(error)}; correct it or get it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} cannot be read as JSON of names and values: it holds a {type(content).__name__}")
+        raise InputError(f"{path} cannot be read as JSON of names and values: it holds a {type(content).__name__}; get it again")
     return content
 
 
+def read_optional(ckpt, name) -> dict:
+    """A JSON file that not every checkpoint has: its content, or {}."""
+    if Path(ckpt).is_dir():
+        return read_json(Path(ckpt) / name) if (Path(ckpt) / name).is_file() else {}
+    try:
+        return read_json(_download(ckpt, name))
+    except FileNotFoundError:
+        return {}
+    except Unreachable:
+        if is_offline_mode() or try_to_load_from_cache(_repository(ckpt), name):  # what it returns: a mark that there is no such file
+            return {}
+        raise
+
+
 def stored_tensors(ckpt) -> dict:
-    """Name -> function that reads that tensor. Files are mapped, not copied, so tensors arrive one at a time."""
+    """Name -> function that reads that tensor. A caller that drops each function when it has called it holds one tensor more than it
+    keeps. A .bin is read whole, and its tensors are freed one by one."""
     path = find_file(ckpt, WEIGHTS)
     if not path.name.endswith(".index.json"):
         return open_tensors(path)
-    tensors, index = {}, read_json(path)
-    if not isinstance(index.get("weight_map"), dict):
-        raise InputError(f"{path} has no weight_map, so it does not say where the tensors are")
-    for shard in sorted(set(index["weight_map"].values())):
+    tensors, weight_map = {}, read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{path} has no weight_map, so it does not say where the tensors are: get it again")
+    for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:  # an index may not point outside its folder
-            raise InputError(f"{path} names a shard outside its folder: {shard}")
+            raise InputError(f"{path} names a shard outside its folder: {shard}; get it from a place you trust")
         tensors |= open_tensors(find_file(ckpt, (shard,)))
+    if absent := [name for name in weight_map if name not in tensors]:
+        raise InputError(f"{path} says that {weight_map[absent[0]]} holds {absent[0]}, which it does not: "
+                         "get the index and all shards again")
     return tensors
 
 
@@ -140,16 +161,14 @@ def open_tensors(path) -> dict:
     refusal = f"{path} holds more than tensors and is not loaded: get the checkpoint as .safetensors"
     try:
         if path.suffix == ".safetensors":
-            file = safe_open(path, framework="pt")
-            return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        # weights_only: an unpickler that makes tensors and nothing else. Files from before torch 1.6 are no zip and cannot be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:  # torch's own message explains how to run the code
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise InputError(f"{refusal} (this one runs {found[1]})" if found else refusal) from error
+            file = safe_open(path, framework="pt", backend="pread")  # not mapped: its pages would count as ours, once more
+            return {name: partial(file.get_tensor, name) for name in file.keys()}
+        state = torch.load(path, map_location="cpu", weights_only=True)  # an unpickler that makes tensors and nothing else
     except Exception as error:  # what broken files raise has no common class
-        raise InputError(f"{path} is broken or not finished downloading: {_first_line(error).split('. ')[0]}; "
-                         "delete it and get it again") from error
+        if found := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own message explains how to run that code
+            raise InputError(f"{refusal} (this one runs {found[1]})") from error
+        what = "it is not what torch.save writes" if isinstance(error, pickle.UnpicklingError) else _first_line(error).split(". ")[0]
+        raise InputError(f"{path} is broken or not finished downloading: {what}; delete it and get it again") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(refusal)
     return {name: partial(lambda tensor: tensor, tensor) for name, tensor in state.items()}

@@ -21,7 +21,8 @@ from sevloss import InputError
 from sevloss.hub import WEIGHTS
 from sevloss.models import from_scratch, load_model, load_tokenizer, save_model
 
-ALL = ["gpt2", "gpt2_scaled", "aragpt2", "bert"]
+CAUSAL = ["gpt2", "gpt2_scaled", "aragpt2", "bloom", "bloom_post", "llama", "qwen2", "qwen2_window", "qwen3", "lfm2"]
+ALL = [*CAUSAL, "bert"]
 SENTENCES = ["أعاني من ألم في الصدر منذ يومين", "راجع الطبيب فورًا إذا زاد الألم",
              "الجرعة 500 ملغ مرتين يوميًا، بعد الأكل", "هل هذا الدواء آمن للحامل؟"]
 
@@ -44,12 +45,13 @@ def assert_same_weights(model, other):
 
 # ------------------------------------------------------------------ every way of storing the same weights
 
-def test_safetensors_in_fp16(golden):
-    """The golden files are stored in fp16: fp32 by default, any other on demand; eval mode, and no parameter left without memory."""
-    stored = load_file(golden / "gpt2" / "model.safetensors")
+@pytest.mark.parametrize("family", ALL)
+def test_safetensors_in_fp16(golden, family):
+    """The golden files are stored in fp16: fp32 by default, any other on demand; eval mode, and nothing left without memory."""
+    stored = load_file(golden / family / "model.safetensors")
     for dtype in (torch.float32, torch.bfloat16):
-        model = load_model(golden / "gpt2", dtype=dtype)
-        assert not model.training
+        model = load_model(golden / family, dtype=dtype)
+        assert not model.training and not any(buffer.is_meta for buffer in model.buffers())
         for name, parameter in model.named_parameters():
             assert stored[name].dtype == torch.float16 and torch.equal(parameter, stored[name].to(dtype)) and parameter.requires_grad
 
@@ -58,6 +60,14 @@ def test_config_decides_the_sizes(golden):
     model = load_model(golden / "gpt2_scaled")
     assert model.head_weight.shape == (51, 21) and model.head_weight is model.lm_head.weight
     assert [block.attn.scale for block in model.transformer["h"]] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("config, inner", [({}, 32), ({"block_ffn_dim_multiplier": 1.0}, 24), ({"block_multiple_of": 5}, 30),
+                                           ({"block_auto_adjust_ff_dim": False}, 31)], ids=str)
+def test_inner_size_of_lfm2(golden, config, inner):
+    """31 in config.json: two thirds of it are 20; 1.3 times that are 26; up to a multiple of 8."""
+    model = from_scratch(json.loads((golden / "lfm2" / "config.json").read_text()) | config)
+    assert model.blocks[0].feed_forward.w1.weight.shape == (inner, 16)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "bin_of_2020"])
@@ -87,6 +97,36 @@ def test_storage(edited, golden, kind, sharded):
     assert_same_weights(load_model(folder), load_model(golden / "gpt2"))
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_stored_precision(edited, stored, key):
+    """What config.json says of it decides nothing: the caller does, for instance bf16 for a frozen base."""
+    folder = edited("gpt2", lambda tensors: {name: (t.float() + 1e-4).to(stored) for name, t in tensors.items()}, **{key: "float16"})
+    tensors = load_file(folder / "model.safetensors")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(folder, dtype=dtype)
+        assert all(p.dtype == dtype and torch.equal(p, tensors[name].to(dtype)) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_are_no_part_of_the_file(edited, kind):
+    """The file may change afterwards, and two tensors that a .bin keeps in one place are two parameters."""
+    folder = edited("gpt2_scaled", lambda tensors: {name: t.float() for name, t in tensors.items()})
+    path = folder / "model.safetensors"
+    if kind == "bin":
+        tensors = load_file(path)
+        path.unlink()
+        path = folder / "pytorch_model.bin"
+        torch.save(tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}, path)
+    model = load_model(folder)
+    was = model.transformer["wte"].weight.sum().item()
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert model.transformer["wte"].weight.sum().item() == was
+
+
 def without(prefix):
     return lambda tensors: {name.removeprefix(prefix): t for name, t in tensors.items()}
 
@@ -109,10 +149,18 @@ def bert_pretraining(tensors):
                       "cls.predictions.transform.LayerNorm.gamma": torch.ones(20), "cls.seq_relationship.weight": torch.zeros(2, 20)}
 
 
+def frequencies(tensors):
+    """Rotary frequencies as a buffer of every block, and the tied head once more."""
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(3)}
+    return tensors | buffers | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+
 @pytest.mark.parametrize("family, old", [
     ("gpt2", without("transformer.")), ("aragpt2", without("transformer.")), ("bert", without("bert.")), ("bert", gamma_and_beta),
     ("gpt2", gpt2_buffers), ("gpt2", lambda tensors: without("transformer.")(gpt2_buffers(tensors))), ("bert", bert_pretraining),
-], ids=["gpt2 without prefix", "aragpt2 without prefix", "bert without prefix", "gamma and beta", "gpt2 buffers", "both", "pre-training"])
+    ("bloom", without("transformer.")), ("llama", without("model.")), ("lfm2", without("model.")), ("qwen2", frequencies),
+], ids=["gpt2 without prefix", "aragpt2 without prefix", "bert without prefix", "gamma and beta", "gpt2 buffers", "both", "pre-training",
+        "bloom without prefix", "llama without prefix", "lfm2 without prefix", "rotary buffers"])
 def test_old_names(edited, golden, family, old):
     assert_same_weights(load_model(edited(family, old)), load_model(golden / family))
 
@@ -122,6 +170,46 @@ def test_aragpt2_is_known_by_its_weights(edited, golden):
     assert json.loads((golden / "aragpt2" / "config.json").read_text())["model_type"] == "gpt2"
     assert load_model(golden / "aragpt2").config.model_type == "aragpt2"
     assert_same_weights(load_model(edited("aragpt2", model_type="aragpt2")), load_model(golden / "aragpt2"))
+
+
+# What older files say (or leave out, None) where the golden ones have `rope_parameters`, `layer_types`, `hidden_size`, ...
+OLD_CONFIGS = {
+    "bloom": ("bloom", dict(hidden_size=None, n_head=None, tie_word_embeddings=None, n_embed=18, num_attention_heads=6, n_inner=None,
+                            seq_length=2048, offset_alibi=100, attention_softmax_in_fp32=True)),
+    "llama": ("llama", dict(rope_parameters=None, head_dim=None, attention_bias=None, mlp_bias=None, rope_theta=100.0, rope_scaling=dict(
+        rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64))),
+    "llama of 2024": ("llama", dict(rope_parameters=None, rope_theta=100.0, rope_scaling=dict(
+        type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64))),
+    "qwen2": ("qwen2", dict(rope_parameters=None, rope_theta=1e6, rope_scaling=None, layer_types=None, use_sliding_window=False,
+                            sliding_window=4, max_window_layers=1)),
+    "qwen2 with a window": ("qwen2_window", dict(rope_parameters=None, rope_theta=1e6, layer_types=None)),
+    "qwen3": ("qwen3", dict(rope_parameters=None, rope_theta=1e6, rope_scaling=None, layer_types=None, sliding_window=None)),
+    "lfm2": ("lfm2", dict(rope_parameters=None, rope_theta=1e6, layer_types=None, full_attn_idxs=[2, 4], intermediate_size=None,
+                          block_ff_dim=31, tie_word_embeddings=None, tie_embedding=True)),
+    "lfm2 with both": ("lfm2", dict(rope_parameters=None, rope_theta=1e6, full_attn_idxs=[2, 4], intermediate_size=99, block_ff_dim=31,
+                                    tie_word_embeddings=False, tie_embedding=True, theta=1e6, block_dim=16, num_heads=4)),
+}
+
+
+@pytest.fixture
+def old_config(edited, golden):
+    """key of OLD_CONFIGS -> the golden folder, and a copy with that config.json."""
+    def old_config(case):
+        family, old = OLD_CONFIGS[case]
+        folder = edited(family, **old | {"dtype": None, "torch_dtype": "float16"})
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+        return golden / family, folder
+    return old_config
+
+
+@pytest.mark.parametrize("case", OLD_CONFIGS)
+@torch.no_grad()
+def test_old_configs(old_config, case):
+    """Weights, and what is computed from them, which is all that shows how positions are rotated and how far attention sees."""
+    new, old = (load_model(folder) for folder in old_config(case))
+    assert_same_weights(new, old)
+    assert torch.equal(new(torch.arange(20), [20]), old(torch.arange(20), [20]))
 
 
 # ------------------------------------------------------------------ heads that a checkpoint lacks
@@ -177,6 +265,8 @@ def test_unknown_model_type(edited):
     ({"n_embd": 24}, "has shape (60,), config.json asks for (72,)"),
     ({"n_layer": 4}, "lacks 12 tensors that a gpt2 of its config.json needs: transformer.h.3.ln_1.weight, transformer.h.3.ln_1.bias, "),
     ({"n_layer": 2}, "holds 12 tensors that a gpt2 of its config.json has no place for: transformer.h.2.attn.c_attn.bias"),
+    ({"layer_norm_epsilon": "1e-5"}, "gives layer_norm_epsilon as '1e-5': write it as 1e-05 is written"),
+    ({"n_layer": "3"}, "gives n_layer as '3': it must be a positive number"),
     ({"n_head": 3}, "n_embd 20 in config.json is not a multiple of n_head 3"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_config_that_does_not_fit(edited, config, message):
@@ -187,7 +277,7 @@ def test_config_that_does_not_fit(edited, config, message):
 def test_config_without_a_size(edited):
     folder = edited("gpt2")
     (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 53}')
-    with refused("config.json of a gpt2 is incomplete"):
+    with refused("config.json of a gpt2 lacks n_positions: get it again"):
         load_model(folder)
 
 
@@ -205,9 +295,36 @@ def test_other_kinds_of_bert(edited, config):
         load_model(edited("bert", **config))
 
 
+def test_other_kinds_of_llama(edited):
+    with refused("hidden_act 'gelu' in config.json is not known"):
+        load_model(edited("llama", hidden_act="gelu"))
+
+
+def test_other_kinds_of_rotary_positions(edited):
+    with refused("rotary positions of type 'yarn' in config.json are not known"):
+        load_model(edited("qwen2", rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}))(torch.arange(5), [5])
+
+
+@pytest.mark.parametrize("layer_types", [None, ["conv"] * 4, ["conv"] * 4 + ["sliding_attention"]])
+def test_other_kinds_of_lfm2(edited, layer_types):
+    with refused("layer_types in config.json must say full_attention or conv for each of 5 blocks"):
+        load_model(edited("lfm2", layer_types=layer_types))
+
+
 def test_missing_tensor(edited):
     with refused("lacks 1 tensors that a gpt2 of its config.json needs: transformer.h.1.mlp.c_fc.weight"):
         load_model(edited("gpt2", lambda tensors: {name: t for name, t in tensors.items() if name != "transformer.h.1.mlp.c_fc.weight"}))
+
+
+def test_second_head(edited):
+    """A tied head may be stored once more (see gpt2_buffers), but not another one: nobody knows which of the two is meant."""
+    with refused("config.json ties the head to the embedding, but lm_head.weight differs from it: to use it, set tie_word_embeddings"):
+        load_model(edited("gpt2", lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
+
+
+def test_untied_head_may_not_be_missing(edited):
+    with refused("lacks 1 tensors that a llama of its config.json needs: lm_head.weight"):
+        load_model(edited("llama", lacking("lm_head.")))
 
 
 @pytest.mark.parametrize("surplus", ["transformer.h.0.attn.q_norm.weight", "transformer.h.7.attn.c_attn.bias", "score.weight"])
@@ -236,6 +353,27 @@ def test_truncated_file(edited, kind, size):
         load_model(folder)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model-00001-of-00001.safetensors", "tokenizer.json"])
+def test_lfs_pointer(edited, name):
+    """What git leaves in place of a large file."""
+    folder = edited("gpt2")
+    if name != "tokenizer.json":
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "model-00001-of-00001.safetensors"}}')
+    if name in WEIGHTS:
+        (folder / "model.safetensors.index.json").unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 1476\n")
+    with refused(f"{folder / name} is a git-lfs pointer in place of the file: run `git lfs pull` in its folder"):
+        load_tokenizer(folder) if name == "tokenizer.json" else load_model(folder)
+
+
+def test_bin_that_is_something_else(edited):
+    folder = edited("gpt2")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with refused("pytorch_model.bin is broken or not finished downloading: it is not what torch.save writes; delete it and get it again"):
+        load_model(folder)
+
+
 class Code:
     """Unpickled carelessly, it makes a file."""
 
@@ -256,6 +394,15 @@ def test_code_in_a_bin_is_not_run(edited, tmp_path, new_format):
     assert not (tmp_path / "ran").exists()
 
 
+def test_code_in_a_folder_is_not_run(edited, tmp_path):
+    """AraGPT2-large brings its own modeling file."""
+    folder = edited("aragpt2", auto_map={"AutoConfig": "modeling_aragpt2.AraGPT2Config", "AutoModel": "modeling_aragpt2.AraGPT2Model"})
+    (folder / "modeling_aragpt2.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    small_tokenizer().save(str(folder / "tokenizer.json"))
+    load_model(folder), load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3, "model": {"wte.weight": torch.zeros(2)}}], ids=["list", "training state"])
 def test_bin_that_is_no_state_dict(edited, content):
     folder = edited("gpt2")
@@ -273,14 +420,16 @@ def test_no_weights(edited):
 
 
 def test_shards(edited):
-    """An index whose shard is not there, that points out of its folder, or that is no index."""
+    """An index whose shard is not there or lacks a tensor, that points out of its folder, or that is no index."""
     folder = edited("gpt2")
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     index = folder / "model.safetensors.index.json"
-    for content, message in (({"weight_map": {"wte.weight": "model-00001-of-00002.safetensors"}}, "has none of model-00001-of-00002"),
-                             ({"weight_map": {"wte.weight": "../other/model.safetensors"}}, "names a shard outside its folder"),
-                             ({"metadata": {}}, "has no weight_map")):
-        index.write_text(json.dumps(content))
+    for weight_map, message in (({"a": "model-00002-of-00002.safetensors"}, "has no model-00002-of-00002.safetensors: complete its"),
+                                ({"a": "model-00001-of-00002.safetensors"}, "says that model-00001-of-00002.safetensors holds a, which"),
+                                ({"a": "../other/model.safetensors"}, "names a shard outside its folder"),
+                                ({"a": ["model-00001-of-00002.safetensors"]}, "has no weight_map"),
+                                (None, "has no weight_map")):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         with refused(message):
             load_model(folder)
 
@@ -304,6 +453,11 @@ def test_unknown_name(message, names):
 
 
 # ------------------------------------------------------------------ tokenizers
+
+def small_tokenizer():
+    """A few words: the golden models have no room for the 256 bytes of byte_level_bpe."""
+    return Tokenizer(models.WordLevel({word: i for i, word in enumerate("<|endoftext|> أعاني من ألم في الصدر منذ يومين".split())}))
+
 
 def byte_level_bpe():
     """Like AraGPT2's: byte-level BPE with a prefix space, and one special token."""
@@ -347,8 +501,93 @@ def test_broken_tokenizer(tmp_path, content):
 
 
 def test_no_tokenizer(golden):
-    with refused("has none of tokenizer.json"):
+    with refused("has none of tokenizer.json, vocab.json, vocab.txt, "):
         load_tokenizer(golden / "gpt2")
+
+
+@pytest.mark.parametrize("family, size", [("gpt2", 53), ("bert", 59)])
+def test_tokenizer_larger_than_the_embedding(edited, family, size):
+    """A smaller one is well, for embeddings are often padded; one whose ids leave gaps is as large as its last id."""
+    folder = edited(family)
+    Tokenizer(models.WordLevel({"a": 0, "b": size - 1})).save(str(folder / "tokenizer.json"))
+    load_tokenizer(folder)
+    Tokenizer(models.WordLevel({"a": 0, "b": size})).save(str(folder / "tokenizer.json"))
+    with refused(f"the tokenizer has {size + 1} tokens, the model {size}: take the tokenizer that the model was trained with"):
+        load_tokenizer(folder)
+
+
+# ------------------------------------------------------------------ tokenizers of older checkpoints
+
+OLD_TOKENIZERS = json.loads((Path(__file__).with_name("golden") / "tokenizers.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def old_tokenizer(tmp_path):
+    """old_tokenizer(a case of the golden file, {file: other content}) -> folder"""
+    def write(case, other=()):
+        files = {name: OLD_TOKENIZERS["vocabularies"][name] for name in OLD_TOKENIZERS["cases"][case]["vocabulary"]}
+        for name, content in (files | OLD_TOKENIZERS["cases"][case]["files"] | dict(other)).items():
+            text = content if isinstance(content, (str, bytes)) else json.dumps(content, ensure_ascii=False)
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return tmp_path
+    return write
+
+
+@pytest.mark.parametrize("case", OLD_TOKENIZERS["cases"])
+def test_old_tokenizer(old_tokenizer, case):
+    """The ids of `transformers`; and the same again when the tokenizer is stored as a tokenizer.json."""
+    tokenizer = load_tokenizer(old_tokenizer(case))
+    again = Tokenizer.from_str(tokenizer.to_str())
+    for text, ids in zip(OLD_TOKENIZERS["texts"], OLD_TOKENIZERS["cases"][case]["ids"]):
+        if ids is not None:
+            assert tokenizer.encode(text).ids == ids
+        assert again.encode(text).ids == tokenizer.encode(text).ids
+
+
+def test_end_of_text_is_one_id(old_tokenizer):
+    """Though nothing but the vocabulary names it; not where that does not either. Decoding leaves it out, and nothing more."""
+    tokenizer = load_tokenizer(old_tokenizer("gpt2, nothing said"))
+    assert tokenizer.encode("<|endoftext|>").ids == [0] and tokenizer.decode([0, *tokenizer.encode("ألم شديد").ids, 0]) == "ألم شديد"
+    vocabulary = OLD_TOKENIZERS["vocabularies"]["vocab.json"].replace("<|endoftext|>", "</s>")
+    tokenizer = load_tokenizer(old_tokenizer("gpt2, nothing said", {"vocab.json": vocabulary}))
+    assert tokenizer.get_vocab_size() == len(json.loads(vocabulary))
+
+
+def test_tokens_of_arabert_stay_whole(old_tokenizer):
+    """Also where no space stands around them; not where letters follow."""
+    tokenizer = load_tokenizer(old_tokenizer("arabertv2"))
+    assert tokenizer.encode("،[رابط][بريد].", add_special_tokens=False).tokens == ["،", "[رابط]", "[بريد]", "."]
+    assert "+ك" not in tokenizer.encode("+كل").tokens
+
+
+@pytest.mark.parametrize("case, other, message", [
+    ("qwen2", {"config.json": {"model_type": "llama"}}, "vocab.json of a llama is not read: get a tokenizer.json"),
+    ("gpt2, nothing said", {"vocab.json": '{"a": 0'}, "vocab.json cannot be read as a tokenizer: "),
+    ("gpt2, nothing said", {"merges.txt": "#version: 0.2\nq q\n"}, "vocab.json cannot be read as a tokenizer: Error while initializing"),
+    ("gpt2, nothing said", {"tokenizer_config.json": "{"}, "tokenizer_config.json cannot be read as JSON"),
+    ("dialect-ar-gpt-2021", {"added_tokens.json": {"[MSA]": 64_000}}, "makes the added token [MSA] 420, but it is to be 64000: get"),
+    ("bert, nothing said", {"vocab.txt": "[PAD]\n[UNK]\n[SEP]\nألم\n"}, "vocab.txt has no [CLS], so it is no vocabulary of a BERT"),
+    ("bert, nothing said", {"vocab.txt": "ألم".encode("utf-16")}, "vocab.txt cannot be read as a tokenizer: 'utf-8' codec can't decode"),
+], ids=["family", "broken vocabulary", "merges of another", "broken config", "added tokens of another", "no CLS", "no text"])
+def test_old_tokenizer_that_cannot_be_used(old_tokenizer, case, other, message):
+    folder = old_tokenizer(case, other)
+    with refused(message):
+        load_tokenizer(folder)
+
+
+def test_vocabulary_without_merges(old_tokenizer):
+    folder = old_tokenizer("gpt2, nothing said")
+    (folder / "merges.txt").unlink()
+    with refused("has no merges.txt: complete its download"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name, family", [("tokenizer.model", "llama"), ("sentencepiece.bpe.model", "bert")])
+def test_sentencepiece(tmp_path, name, family):
+    (tmp_path / name).write_bytes(b"\n\x0e\n\x05<unk>")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with refused(f"{name} of a {family} is not read: get a tokenizer.json, which the package `transformers` makes of it"):
+        load_tokenizer(tmp_path)
 
 
 # ------------------------------------------------------------------ saving
@@ -356,7 +595,7 @@ def test_no_tokenizer(golden):
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saved_and_loaded_to_the_bit(golden, tmp_path, family, dtype):
-    model, tokenizer = load_model(golden / family, dtype=dtype), byte_level_bpe()
+    model, tokenizer = load_model(golden / family, dtype=dtype), small_tokenizer()
     save_model(model, tokenizer, tmp_path / "run")
     again = load_model(tmp_path / "run", dtype=dtype)
     assert_same_weights(model, again)
@@ -365,8 +604,23 @@ def test_saved_and_loaded_to_the_bit(golden, tmp_path, family, dtype):
     saved, was = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "run", golden / family))
     assert saved == was | {"dtype": str(dtype).removeprefix("torch."), "model_type": model.config.model_type,
                            "architectures": [model.architecture]}
+    assert saved["architectures"] == was["architectures"] or family == "aragpt2"  # which has no class in transformers
     with safe_open(tmp_path / "run" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}  # older transformers insist on it
+
+
+def test_stopped_while_saving(golden, tmp_path, monkeypatch):
+    """The weights of before are still there, whole."""
+    model = load_model(golden / "gpt2")
+    save_model(model, byte_level_bpe(), tmp_path)
+
+    def half_a_file(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr("sevloss.models.save_file", half_a_file)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(model, byte_level_bpe(), tmp_path)
+    assert_same_weights(load_model(tmp_path), model)
 
 
 def test_new_head_is_saved_with_its_classes(golden, tmp_path):
@@ -386,7 +640,9 @@ def random_model(golden, family, vocab_size):
     """The golden shape with another vocabulary; weights ten times what training starts from, so that mistakes show."""
     torch.manual_seed(0)
     raw = json.loads((golden / family / "config.json").read_text()) | {"vocab_size": vocab_size, "num_labels": 3}
-    raw |= {"max_position_embeddings" if family == "bert" else "n_positions": 128}
+    raw |= {"n_positions" if raw["model_type"] == "gpt2" else "max_position_embeddings": 128}
+    if family != "bert":
+        raw |= {"bos_token_id": 0, "eos_token_id": 0}
     model = from_scratch(raw)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -394,15 +650,20 @@ def random_model(golden, family, vocab_size):
     return model
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt2_scaled"])
+@pytest.mark.parametrize("family", [family for family in CAUSAL if family != "aragpt2"])
 @torch.no_grad()
-def test_transformers_opens_a_saved_gpt2(golden, tmp_path, family):
+def test_transformers_opens_a_saved_language_model(golden, tmp_path, family):
+    """Equal token ids, text and logits; and here too it is the same again."""
     transformers = pytest.importorskip("transformers")
     tokenizer = byte_level_bpe()
+    if family.startswith("qwen2"):  # transformers takes Qwen's own way of splitting for these, whatever tokenizer.json says
+        qwen = transformers.Qwen2Tokenizer().backend_tokenizer
+        tokenizer.normalizer, tokenizer.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
     model = random_model(golden, family, tokenizer.get_vocab_size())
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = load_model(tmp_path)
     assert theirs.dtype == torch.float32
     assert their_tokenizer.eos_token == "<|endoftext|>" and their_tokenizer.eos_token_id == their_tokenizer.pad_token_id == 0
     for text in TEXTS:
@@ -411,6 +672,21 @@ def test_transformers_opens_a_saved_gpt2(golden, tmp_path, family):
         assert their_tokenizer.decode(ids) == tokenizer.decode(ids)
         logits = model(torch.tensor(ids), [len(ids)]) @ model.head_weight.T
         torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(again(torch.tensor(ids), [len(ids)]) @ again.head_weight.T, logits)
+
+
+@pytest.mark.parametrize("case", OLD_CONFIGS)
+@torch.no_grad()
+def test_transformers_opens_what_came_with_an_old_config(old_config, tmp_path, case):
+    """And reads that config.json as we do."""
+    transformers = pytest.importorskip("transformers")
+    model, ids = load_model(old_config(case)[1]), torch.arange(20)
+    save_model(model, byte_level_bpe(), tmp_path / "saved")
+    for folder in (tmp_path / "checkpoint", tmp_path / "saved"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        logits = model(ids, [20]) @ model.head_weight.T
+        difference = (theirs(ids[None]).logits[0] - logits).abs().max()
+        assert difference < 1e-5 * logits.abs().max()
 
 
 @torch.no_grad()
@@ -497,15 +773,17 @@ def load_elsewhere(names, **environment):
 
 
 def test_hub(edited, golden, tmp_path):
-    """Hub ids and short names download once, then load without a connection: safetensors, a lone .bin, and shards."""
-    tokenizer = byte_level_bpe().to_str().encode()
+    """Hub ids and short names download once, then load without a connection: safetensors, a lone .bin with a vocab.txt, and shards."""
+    tokenizer = small_tokenizer().to_str().encode()
     config, weights = ((golden / "gpt2" / file).read_bytes() for file in ("config.json", "model.safetensors"))
     bert = edited("bert")
     torch.save(load_file(bert / "model.safetensors"), bert / "pytorch_model.bin")
     index = {"weight_map": dict.fromkeys(load_file(golden / "gpt2" / "model.safetensors"), "model-00001-of-00001.safetensors")}
     repositories = {
         "someone/gpt2": {"config.json": config, "model.safetensors": weights, "tokenizer.json": tokenizer},
-        "aubmindlab/bert-base-arabertv02": {"config.json": (bert / "config.json").read_bytes(), "tokenizer.json": tokenizer,
+        "aubmindlab/bert-base-arabertv02": {"config.json": (bert / "config.json").read_bytes(),
+                                            "vocab.txt": "[UNK]\n[CLS]\n[SEP]\n[رابط]\n".encode(),
+                                            "tokenizer_config.json": '{"never_split": ["[رابط]"]}'.encode(),
                                             "pytorch_model.bin": (bert / "pytorch_model.bin").read_bytes()},
         "someone/shards": {"config.json": config, "model.safetensors.index.json": json.dumps(index).encode(), "tokenizer.json": tokenizer,
                            "model-00001-of-00001.safetensors": weights},
@@ -515,7 +793,7 @@ def test_hub(edited, golden, tmp_path):
     }
     sums = [sum(p.double().sum() for p in load_model(golden / family).parameters()).item() for family in ("gpt2", "bert", "gpt2")]
     names = ["someone/gpt2", "arabertv02", "someone/shards"]
-    loaded = [f"{name} {total} 300" for name, total in zip(names, sums)]
+    loaded = [f"{name} {total} {size}" for name, total, size in zip(names, sums, (8, 4, 8))]
 
     with hub_server(repositories) as address:
         online = load_elsewhere([*names, "someone/typo", "someone/no-model", "someone/no-weights", "someone/gated"],
@@ -524,7 +802,7 @@ def test_hub(edited, golden, tmp_path):
         *loaded,
         "there is no folder someone/typo, and the hub has no repository someone/typo (or it is private: run `hf auth login`)",
         "someone/no-model has no config.json, so it is no checkpoint",
-        f"the checkpoint someone/no-weights has none of {', '.join(WEIGHTS)}",
+        f"the checkpoint someone/no-weights has none of {', '.join(WEIGHTS)}: complete its download, or take another checkpoint",
         "someone/gated is gated: accept its terms on the hub, then run `hf auth login`",
     ]
     offline = load_elsewhere([*names, "someone/else"], HF_HOME=str(tmp_path / "home"), HF_ENDPOINT=address, HF_HUB_OFFLINE="1")

@@ -35,7 +35,8 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
         return _load_adapted(folder, dtype, device)
     raw = hub.read_json(folder / "config.json")
     if raw.get("model_type") not in FAMILIES:
-        raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are {', '.join(FAMILIES)}")
+        raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are {', '.join(FAMILIES)}: "
+                         "take a checkpoint of one of these")
     family = FAMILIES[raw["model_type"]]
     stored = hub.stored_tensors(ckpt)
     if num_labels:
@@ -45,6 +46,7 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
     tied = model.config.tie_word_embeddings if hasattr(model, "head_weight") else False
 
     state, surplus, places, second_head = {}, [], set(), None
+    together = "get config.json and the weights from one place"
     for stored_name in list(stored):
         read = stored.pop(stored_name)  # taken out, so that what the file's version takes is freed in turn
         name = stored_name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
@@ -56,7 +58,7 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
                 if name.startswith(("classifier.", "mean_classifier.")) and num_labels:  # a head for other classes: start afresh
                     continue
                 raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, "
-                                 f"config.json asks for {tuple(expected[name].shape)}")
+                                 f"config.json asks for {tuple(expected[name].shape)}: {together}")
             # In a .bin two tensors can lie on one place in memory. Training one would change the other, unless one of them is copied.
             state[name] = tensor.clone() if tensor.data_ptr() in places else tensor
             places.add(tensor.data_ptr())
@@ -67,9 +69,10 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
     missing = [name for name in expected if name not in state]
     if surplus:
         raise InputError(f"{ckpt} holds {len(surplus)} tensors that a {raw['model_type']} of its config.json has no place for: "
-                         f"{_some(surplus)}")
+                         f"{_some(surplus)}; {together}")
     if fatal := [name for name in missing if not name.startswith(family.may_be_missing or ("\0",))]:
-        raise InputError(f"{ckpt} lacks {len(fatal)} tensors that a {raw['model_type']} of its config.json needs: {_some(fatal)}")
+        raise InputError(f"{ckpt} lacks {len(fatal)} tensors that a {raw['model_type']} of its config.json needs: {_some(fatal)}; "
+                         f"{together}")
     if missing:
         print(f"initialised, not in the checkpoint: {_some(missing)}")
         state |= {name: initial(name, expected[name].shape).to(device=device, dtype=dtype) for name in missing}
@@ -95,7 +98,8 @@ def _load_adapted(folder, dtype, device):
     lora.load(model, folder)
     lora.merge(model)
     model.requires_grad_(True)
-    model.raw_config |= {"sevloss": hub.read_json(folder / "config.json").get("sevloss", {})}
+    if (folder / "config.json").is_file():  # ours; peft writes none
+        model.raw_config |= {"sevloss": hub.read_json(folder / "config.json").get("sevloss", {})}
     model.base = None
     return model.eval()
 
@@ -109,15 +113,15 @@ def checkpoint_blocks(model):
 
 def build(family, raw):
     """The module on the meta device: shapes and no memory. raw: what config.json says."""
-    known = {field.name for field in fields(family.Config)}
-    try:
-        config = family.Config(**{key: value for key, value in raw.items() if key in known})
-    except TypeError as error:
-        raise InputError(f"config.json of a {raw['model_type']} is incomplete: {error}") from error
     for field in fields(family.Config):
-        value = getattr(config, field.name)
+        value, what = raw.get(field.name, field.default), f"config.json of a {raw['model_type']}"
+        if value is MISSING:
+            raise InputError(f"{what} lacks {field.name}: get it again")
         if field.default is MISSING and not (isinstance(value, int) and value > 0):
-            raise InputError(f"config.json of a {raw['model_type']} gives {field.name} as {value!r}: it must be a positive number")
+            raise InputError(f"{what} gives {field.name} as {value!r}: it must be a positive number")
+        if isinstance(field.default, (int, float)) and not isinstance(value, (int, float, type(None))):
+            raise InputError(f"{what} gives {field.name} as {value!r}: write it as {field.default!r} is written")
+    config = family.Config(**{field.name: raw[field.name] for field in fields(family.Config) if field.name in raw})
     with torch.device("meta"):
         model = family(config)
     if wrong := [i for i in eos_ids(model) if not 0 <= i < config.vocab_size]:
@@ -144,7 +148,10 @@ def initial(name, shape):
 
 
 def load_tokenizer(ckpt) -> Tokenizer:
-    """The checkpoint's tokenizer.json, else what its vocab files give; padding and truncation that it may have fixed are switched off."""
+    """The checkpoint's tokenizer.json, else what its vocab files give; padding and truncation that it may have fixed are switched off.
+
+    Raises InputError where there is none, or one that gives ids which the checkpoint's embedding has no row for.
+    """
     path = hub.find_file(ckpt, hub.TOKENIZERS)
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path.name == "tokenizer.json" else from_vocabulary(ckpt, path)
@@ -155,14 +162,10 @@ def load_tokenizer(ckpt) -> Tokenizer:
                          "delete it and get it again") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    rows = hub.read_optional(ckpt, "config.json").get("vocab_size")  # more of them than tokens is well: many embeddings are padded
+    if rows and (tokens := max(tokenizer.get_vocab().values(), default=-1) + 1) > rows:
+        raise InputError(f"{ckpt}: the tokenizer has {tokens} tokens, the model {rows}: take the tokenizer that the model was trained with")
     return tokenizer
-
-
-def check_fits(model, tokenizer, ckpt):
-    """InputError where the tokenizer of `ckpt` gives ids that the embedding has no row for. A larger embedding is fine: many are padded."""
-    if (tokens := max(tokenizer.get_vocab().values(), default=-1) + 1) > model.config.vocab_size:
-        raise InputError(f"{ckpt}: the tokenizer has {tokens} tokens, the model {model.config.vocab_size}: "
-                         "take the tokenizer that the model was trained with")
 
 
 def save_model(model, tokenizer, folder):
