@@ -109,30 +109,24 @@ def main():
     compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
     print(compute)
 
-    # Table -> pairs -> splits
     weighted = len(set(coefficients)) > 1
     table, columns = args.data, data.parse_columns(args.columns)
     if weighted and args.classifier:
         table, columns = annotate.annotated(args.classifier, table, columns, compute), {}
     elif args.classifier:
         print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not asked")
-    needed = ("complaint", "response", "critical") if weighted else ("complaint", "response")
-    pairs = data.read_pairs(table, needed=needed, columns=columns)
-    fingerprint = data.fingerprint(pairs)
-    sides = data.split_pairs(pairs)
-    train = sides["train"][:args.train_rows]
-    validation = sorted(sides["validation"], key=lambda p: data.fraction(p.complaint, "order"))[:VALIDATION_ROWS]
-    print(f"{len(train):,} pairs to train on, {len(validation):,} to validate on, {len(sides['test']):,} kept for evaluate.py")
-    if not train or not validation:
-        raise InputError(f"{args.data} has too few complaints to train and validate on")
+    reading = dict(needed=("complaint", "response", "critical") if weighted else ("complaint", "response"), columns=columns,
+                   train_rows=args.train_rows, validation_rows=VALIDATION_ROWS)
 
     # Model and tokenizer; seeded here, so that runs that differ only in their weights start from the same model
     device.seed_everything(args.seed)
     if args.ckpt == "tiny":
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
-        texts = [data.prepare(t, preprocess) for p in train for t in (data.PROMPT.format(complaint=p.complaint), p.response)]
+        pairs = data.training_pairs(table, **reading)
+        texts = [data.prepare(t, preprocess) for p in pairs[0] for t in (data.PROMPT.format(complaint=p.complaint), p.response)]
         model, tokenizer = tiny_gpt2(texts)
     else:
+        annotate.fingerprint(table)  # refuses a table that is not there, before a large model is loaded
         # a frozen base in the dtype it is computed in: autocast would cast it anew at every use
         model = load_model(args.ckpt, dtype=compute.dtype if args.lora else torch.float32)
         tokenizer = load_tokenizer(args.ckpt)
@@ -140,6 +134,19 @@ def main():
     if not hasattr(model, "head_weight") or not eos_ids(model):
         raise InputError(f"{args.ckpt} is no causal language model with an end-of-text token: nothing to fine-tune")
     model.raw_config["sevloss"] = {"prompt": data.PROMPT, "preprocess": preprocess}
+
+    # Table -> pairs -> splits -> ids
+    max_length = min(args.max_length, model.config.context)
+    encoding = dict(max_length=max_length, eos_id=eos_ids(model)[0], preprocess=preprocess,
+                    encode=data.encode_published if args.supervise == "row" else data.encode_pairs)
+    if args.ckpt == "tiny":
+        ready = data.prepared(*pairs, tokenizer, **encoding)
+    else:
+        ready = data.remembered("runs/cache", table, tokenizer, (reading, encoding | {"encode": args.supervise}),
+                                lambda: data.prepared(*data.training_pairs(table, **reading), tokenizer, **encoding))
+    examples, held_out = ready.examples, ready.held_out
+    print(f"{len(examples):,} pairs to train on, {len(held_out):,} to validate on, {ready.kept:,} kept for evaluate.py")
+
     if args.lora:
         lora.attach(model, args.lora, alpha=args.lora_alpha or 2 * args.lora, dropout=args.lora_dropout, targets=args.lora_targets)
     if args.gradient_checkpointing:
@@ -151,13 +158,8 @@ def main():
           f"vocabulary {len(model.head_weight):,}, preprocessing {preprocess}")
 
     # Severity -> one weight per example; with the normalisation folded in it is the weight of each of its tokens
-    probabilities = torch.tensor([p.probabilities or (0.0, 1.0, 0.0) for p in train])
-    weights = severity_weights(probabilities, coefficients)
+    weights = severity_weights(torch.from_numpy(ready.probabilities), coefficients)
     show_weights(weights, coefficients)
-    max_length = min(args.max_length, model.config.context)
-    encoding = dict(max_length=max_length, eos_id=eos_ids(model)[0], preprocess=preprocess)
-    encode = data.encode_published if args.supervise == "row" else data.encode_pairs
-    examples, held_out = encode(train, tokenizer, **encoding), data.encode_pairs(validation, tokenizer, **encoding)
     token_weights = (weights / torch.from_numpy(examples.targets) if args.normalise == "example" else weights).float().to(compute.device)
 
     # Optimizer; decay on matrices only
@@ -172,13 +174,13 @@ def main():
 
     progress = {"step": 0, "best": math.inf, "best_step": 0, "validation": []}
     if args.resume:
-        checkpoint.check_resumed(run, "finetune.py", vars(args), fingerprint)
+        checkpoint.check_resumed(run, "finetune.py", vars(args), ready.fingerprint)
         progress = checkpoint.load_state(run, model, optimizer, scaler, schedule)
         checkpoint.keep_lines(run / "metrics.jsonl", progress["step"])
         print(f"going on after step {progress['step']} of {steps}")
     else:
         checkpoint.write_run_json(run, "finetune.py", vars(args), coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT,
-                                  compute=str(compute), table=str(table), columns=columns, data_fingerprint=fingerprint, steps=steps)
+                                  compute=str(compute), table=str(table), columns=columns, data_fingerprint=ready.fingerprint, steps=steps)
     metrics_file = open(run / "metrics.jsonl", "a", encoding="utf-8")
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
 

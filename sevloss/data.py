@@ -290,11 +290,24 @@ def read_pairs(path, *, needed, columns=None):
 
 # --- splits ---------------------------------------------------------------------------------------------------------------
 
+class _Normalised(dict):
+    """What str.translate puts in place of a character; found once for each that occurs."""
+
+    def __missing__(self, code):
+        character = chr(code)
+        if unicodedata.combining(character) or character == "\u0640":
+            self[code] = None
+        else:
+            self[code] = character if unicodedata.category(character)[0] in "LN" else " "
+        return self[code]
+
+
+_NORMALISED = _Normalised()
+
+
 def normalised(complaint):
     """Equal for complaints that differ only in diacritics, tatweel, punctuation, case or white space."""
-    text = unicodedata.normalize("NFKC", complaint).casefold().replace("\u0640", "")
-    return " ".join("".join(c if unicodedata.category(c)[0] in "LN" else " " for c in text
-                            if not unicodedata.combining(c)).split()) or complaint
+    return " ".join(unicodedata.normalize("NFKC", complaint).casefold().translate(_NORMALISED).split()) or complaint
 
 
 def fraction(complaint, salt=""):
@@ -403,16 +416,21 @@ def encode_pairs(pairs, tokenizer, *, max_length, eos_id, preprocess):
 
     Where a pair is too long, the prompt keeps at least half of max_length; a response that is cut has no EOS.
     """
-    responses = encode(tokenizer, [prepare(p.response, preprocess) for p in pairs], special=False)
-    limits = [max(max_length // 2, max_length - len(r) - 1) for r in responses]
-    prompts, cut_prompts = encode_prompts(tokenizer, [prepare(p.complaint, preprocess) for p in pairs], limits)
-    joined = [prompt + (response + [eos_id])[:max_length - len(prompt)] for prompt, response in zip(prompts, responses)]
-    cut_responses = sum(len(p) + len(r) + 1 > max_length for p, r in zip(prompts, responses))
+    ids, lengths, first_target, cut_prompts, cut_responses = [], [], [], 0, 0
+    for start in range(0, len(pairs), 8192):  # lists of Python numbers are large: those of a part at a time
+        part = pairs[start:start + 8192]
+        responses = encode(tokenizer, [prepare(p.response, preprocess) for p in part], special=False)
+        limits = [max(max_length // 2, max_length - len(r) - 1) for r in responses]
+        prompts, cut = encode_prompts(tokenizer, [prepare(p.complaint, preprocess) for p in part], limits)
+        joined = [prompt + (response + [eos_id])[:max_length - len(prompt)] for prompt, response in zip(prompts, responses)]
+        cut_prompts += cut
+        cut_responses += sum(len(p) + len(r) + 1 > max_length for p, r in zip(prompts, responses))
+        ids.append(np.fromiter(chain.from_iterable(joined), np.int32))
+        lengths += map(len, joined)
+        first_target += map(len, prompts)
     if cut_prompts or cut_responses:
         print(f"  of {len(pairs):,} pairs {cut_prompts:,} complaints and {cut_responses:,} responses were cut to fit {max_length} tokens")
-    starts = np.cumsum([0] + [len(ids) for ids in joined])
-    ids = np.fromiter(chain.from_iterable(joined), np.int32, starts[-1])
-    return Examples(ids, starts, np.array([len(prompt) for prompt in prompts], np.int64))
+    return Examples(np.concatenate(ids), np.cumsum([0] + lengths), np.array(first_target, np.int64))
 
 
 def encode_published(pairs, tokenizer, *, max_length, eos_id, preprocess):
@@ -421,6 +439,55 @@ def encode_published(pairs, tokenizer, *, max_length, eos_id, preprocess):
     rows = [(ids + [eos_id] * max_length)[:max_length] for ids in encode(tokenizer, texts, special=True)]
     n = len(rows)
     return Examples(np.array(rows, np.int32).reshape(-1), np.arange(n + 1) * max_length, np.ones(n, np.int64))
+
+
+# --- a table made ready for training --------------------------------------------------------------------------------------
+
+@dataclass
+class Prepared:
+    """All that training needs of a table, in numbers."""
+    examples: Examples
+    held_out: Examples  # of the validation rows
+    probabilities: np.ndarray  # (n, 3) of the examples
+    fingerprint: str  # of the whole table
+    kept: int  # rows of the test split
+
+
+def training_pairs(table, *, needed, columns, train_rows, validation_rows):
+    """(training pairs, the first `train_rows` of them; validation pairs, a fixed choice of at most `validation_rows`; fingerprint of the
+    table; number of test rows)"""
+    pairs = read_pairs(table, needed=needed, columns=columns)
+    sides = split_pairs(pairs)
+    validation = sorted(sides["validation"], key=lambda p: fraction(p.complaint, "order"))[:validation_rows]
+    if not sides["train"] or not validation:
+        raise InputError(f"{table} has too few complaints to train and validate on")
+    return sides["train"][:train_rows], validation, fingerprint(pairs), len(sides["test"])
+
+
+def prepared(train, validation, fingerprint, kept, tokenizer, encode, **encoding):
+    """encode: encode_pairs or encode_published, for the training pairs."""
+    probabilities = np.array([p.probabilities or (0.0, 1.0, 0.0) for p in train], np.float32)
+    return Prepared(encode(train, tokenizer, **encoding), encode_pairs(validation, tokenizer, **encoding), probabilities, fingerprint, kept)
+
+
+def remembered(folder, table, tokenizer, arguments, make):
+    """make() -> Prepared; or what it gave before for the same table (name, size, time of change), tokenizer, arguments and code."""
+    status, code = os.stat(table), [Path(module).read_bytes() for module in (__file__, arabic.__file__)]
+    parts = Path(table).name, status.st_size, status.st_mtime_ns, tokenizer.to_str(), arguments, code
+    path = Path(folder) / f"{Path(table).stem}-{hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()}.npz"
+    if path.is_file():
+        print(f"{table} is encoded already: {path}")
+        with np.load(path) as a:
+            return Prepared(Examples(a["ids"], a["starts"], a["first"]), Examples(a["held_ids"], a["held_starts"], a["held_first"]),
+                            a["probabilities"], str(a["fingerprint"]), int(a["kept"]))
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp.npz")
+    np.savez(temporary, ids=made.examples.ids, starts=made.examples.starts, first=made.examples.first_target, held_ids=made.held_out.ids,
+             held_starts=made.held_out.starts, held_first=made.held_out.first_target, probabilities=made.probabilities,
+             fingerprint=made.fingerprint, kept=made.kept)
+    os.replace(temporary, path)
+    return made
 
 
 # --- batches --------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sevloss import InputError, data
+from sevloss.models.tiny import tiny_gpt2
 
 BOTH = ("complaint", "response")
 ALL = (*BOTH, "severity", "critical")
@@ -370,3 +371,34 @@ def test_rows_are_counted_as_rows(write_table, hard_rows, tmp_path):
     late.write_bytes(b"question,answer\n" + "سؤال,جواب\n".encode() * 9000 + "سؤال,جواب\n".encode("cp1256"))
     with pytest.raises(InputError, match="is not UTF-8"):
         data.count_rows(late)
+
+
+# ------------------------------------------------------------------ a table made ready once
+
+def test_remembered(tiny, write_table, rows, tmp_path, monkeypatch):
+    """The second start reads no table; another table, tokenizer or argument is noticed."""
+    tokenizer, made = tiny[1], []
+    table = write_table("table.jsonl", rows)
+    reading = dict(needed=("complaint", "response", "critical"), columns={}, train_rows=None, validation_rows=5)
+    encoding = dict(max_length=60, eos_id=0, preprocess="none")
+
+    def ready(tokenizer=tokenizer, **encoding):
+        def make():
+            made.append(encoding)
+            return data.prepared(*data.training_pairs(table, **reading), tokenizer, data.encode_pairs, **encoding)
+        return data.remembered(tmp_path / "cache", table, tokenizer, (reading, encoding), make)
+
+    first, again = ready(**encoding), ready(**encoding)
+    assert len(made) == 1 and len(first.held_out) == 5
+    for one, other in ((first.examples, again.examples), (first.held_out, again.held_out)):
+        assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("ids", "starts", "first_target"))
+    assert np.array_equal(first.probabilities, again.probabilities) and first.probabilities.shape == (len(first.examples), 3)
+    assert (first.fingerprint, first.kept) == (again.fingerprint, again.kept)
+
+    ready(**encoding | {"max_length": 40})
+    ready(tiny_gpt2([row["Answer"] for row in rows], vocab_size=300)[1], **encoding)
+    table.write_text(table.read_text(encoding="utf-8").replace("أرق", "قلق"), encoding="utf-8")
+    ready(**encoding)
+    monkeypatch.setattr(data.arabic, "__file__", data.__file__)  # stands for changed code
+    ready(**encoding)
+    assert len(made) == 5
