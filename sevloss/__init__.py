@@ -5,9 +5,10 @@ import math
 import os
 import sys
 
-# Every ragged batch has a shape of its own, and oneDNN keeps what it prepared for each of the last 1,024: hundreds of megabytes.
-os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+# Every ragged batch has shapes of its own, and oneDNN keeps what it prepared for each of the last 1,024: hundreds of megabytes. A step
+# needs about 150, each of them in every block.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 class InputError(ValueError):

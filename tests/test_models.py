@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from sevloss import InputError
-from sevloss.models import load_model
+from sevloss.models import layout, load_model
 from sevloss.models.layout import Cache, Documents
 from sevloss.models.llama import rotary_angles
 
@@ -205,9 +205,11 @@ KINDS = {"causal": (True, {}), "bidirectional": (False, {}),
 
 
 @pytest.mark.parametrize("causal, told", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["SDPA", "products"])
 @pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [1, 7, 7, 3, 1]], ids=str)
-def test_attention_in_runs_and_padded_are_the_same(lengths, causal, told):
-    """The CPU's path, the CUDA path without flash, and attention spelled out with a mask over the whole stream: outputs and gradients."""
+def test_attention_in_runs_and_padded_are_the_same(lengths, causal, told, dtype):
+    """The CPU's path (in all but fp32 it learns by plain products), the CUDA path without flash, and attention spelled out with a mask over
+    the whole stream: outputs and gradients."""
     layout = Documents(lengths, "cpu", causal=causal)
     document, at = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)), torch.arange(sum(lengths))
     distance = at[:, None] - at
@@ -221,13 +223,29 @@ def test_attention_in_runs_and_padded_are_the_same(lengths, causal, told):
 
     results = []
     for attend in (spelled_out, layout._attend_in_runs, layout._attend_padded):
-        qkv = heads(lengths)
+        qkv = heads(lengths, dtype=dtype)
         out = attend(*qkv, 0.0, 0.3, **told)
         out.square().sum().backward()
         results.append([out, *(t.grad for t in qkv)])
     for result in results[1:]:
         for ours, reference in zip(result, results[0]):
             assert_same(ours, reference)
+
+
+def test_attention_by_products_is_for_learning_short_texts(monkeypatch):
+    """It would keep too much of longer ones, and SDPA is the more exact where nothing is learnt."""
+    called = []
+    monkeypatch.setattr(layout, "_spelled_out", lambda q, k, v, *rest: called.append(q.shape[2]) or q)
+    q, k, v = heads([3, layout.SPELLED_OUT, layout.SPELLED_OUT + 1], dtype=torch.bfloat16)
+    documents = Documents([3, layout.SPELLED_OUT, layout.SPELLED_OUT + 1], "cpu", causal=True)
+    documents.attend(q, k, v, 0)
+    assert called == [3, layout.SPELLED_OUT]
+    with torch.no_grad():
+        documents.attend(q, k, v, 0)
+    documents.attend(q.float(), k.float(), v.float(), 0)
+    assert len(called) == 2
+    documents.attend(q.float(), k.float(), v.float(), 0, dropout=0.1)
+    assert len(called) == 4
 
 
 @pytest.mark.parametrize("causal, told", [KINDS[kind] for kind in ("causal", "bidirectional", "window")])

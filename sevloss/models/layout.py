@@ -13,6 +13,10 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
+# Up to this length a CPU computes attention in 16 bits, or with dropout, by plain products when it is to learn: the backward pass of SDPA
+# takes two to six times as long there. Longer texts would keep too many scores.
+SPELLED_OUT = 256
+
 
 class Documents:
     """Whole documents of the given lengths; each token sees its own document alone, and with causal=True only what precedes it.
@@ -48,13 +52,17 @@ class Documents:
 
     def _attend_in_runs(self, q, k, v, dropout, scale, slopes=None, window=None):
         # On a CPU a call per document costs little and nothing is computed across documents.
-        parts, start = [], 0
-        for length, count in self.runs:
-            stop = start + length * count
-            qi, ki, vi = (t[start:stop].unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, v))  # (G, H, L, d)
-            part = _sdpa(qi, ki, vi, dropout_p=dropout, scale=scale, **self._visible(length, slopes, window, q.dtype))
+        learns = torch.is_grad_enabled() and q.requires_grad
+        parts = []
+        sizes = [length * count for length, count in self.runs]  # split, not slices: the backward of each slice would be as long as q
+        for (length, count), *run in zip(self.runs, q.split(sizes), k.split(sizes), v.split(sizes)):
+            qi, ki, vi = (t.unflatten(0, (count, length)).transpose(1, 2) for t in run)  # (G, H, L, d)
+            if learns and length <= SPELLED_OUT and (dropout or q.dtype != torch.float32):
+                mask = self._mask(length, slopes, window, q.dtype) if self.causal else None
+                part = _spelled_out(qi, ki, vi, mask, dropout, scale)
+            else:
+                part = _sdpa(qi, ki, vi, dropout_p=dropout, scale=scale, **self._visible(length, slopes, window, q.dtype))
             parts.append(part.transpose(1, 2).flatten(0, 1))  # (G L, H, d)
-            start = stop
         return torch.cat(parts)
 
     def _attend_varlen(self, q, k, v, scale, window=None):
@@ -81,11 +89,14 @@ class Documents:
         """What SDPA is told for documents of `length` tokens: is_causal where that says it all, else a mask, the same in every layer."""
         if slopes is None and not (window and window < length):
             return {"is_causal": self.causal}
+        return {"attn_mask": self._mask(length, slopes, window, dtype)}
+
+    def _mask(self, length, slopes, window, dtype):
         key = length, window, dtype
         if key not in self._masks:
             t = torch.arange(length, device=self.device)
             self._masks[key] = _added_mask(t[:, None] - t, slopes, window).to(dtype)
-        return {"attn_mask": self._masks[key]}
+        return self._masks[key]
 
     def _cuda_rows(self):
         """rows (B, T): where padded position (b, t) lies in the stream; real (N,): where token n lies in the padded batch;
@@ -189,6 +200,18 @@ def _added_mask(distance, slopes, window):
     hidden, distance = hidden.unsqueeze(-3), distance.unsqueeze(-3)
     slopes = torch.zeros(1, device=distance.device) if slopes is None else slopes
     return (-slopes[:, None, None] * distance).masked_fill(hidden, -torch.inf)
+
+
+def _spelled_out(q, k, v, mask, dropout, scale):
+    """softmax(q k^T scale + mask) v; q (G, H, L, d), k and v (G, K, L, d) -> (G, H, L, d). Keeps L^2 numbers a head for the gradient."""
+    heads, length, head_dim = q.shape[1:]
+    keys = k.shape[1]
+    q = q.reshape(-1, keys, heads // keys * length, head_dim)  # the query heads that share a key head, one after the other
+    scores = q @ k.transpose(-1, -2) * (head_dim ** -0.5 if scale is None else scale)  # (G, K, H / K L, L)
+    if mask is not None:  # (1 or H, L, L)
+        scores = scores + (mask.repeat(1, heads // keys, 1) if len(mask) == 1 else mask.reshape(keys, -1, length))
+    out = F.dropout(scores.softmax(-1), dropout) @ v  # inside, softmax is in fp32 whatever the dtype
+    return out.reshape(-1, heads, length, head_dim)
 
 
 def _sdpa(q, k, v, **arguments):
