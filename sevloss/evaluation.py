@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import combinations
@@ -66,7 +67,8 @@ def run_facts(name):
 
 
 def settings_of(names):
-    """{setting: [runs]}: runs whose arguments differ in the seed alone are one setting, named by the arguments in which settings differ."""
+    """{setting: [runs]}: runs whose arguments differ in the seed alone are one setting. It is called what its runs' names have in common
+    (plain-0, plain-1: plain), or where that does not tell settings apart, by the arguments in which they differ."""
     arguments = {}
     for name in names:
         facts = run_facts(name)
@@ -75,8 +77,9 @@ def settings_of(names):
     groups = defaultdict(list)
     for name in names:
         groups[json.dumps(arguments[name], sort_keys=True)].append(name)
-    if len(groups) == len(names):
-        return {name: [name] for name in names}
+    stems = [runs[0] if len(runs) == 1 else os.path.commonprefix(runs).rstrip("-_0123456789") for runs in groups.values()]
+    if len(set(stems)) == len(stems) and not any(stem.endswith("/") or not stem for stem in stems):
+        return dict(zip(stems, groups.values()))
     keys = sorted({key for a in arguments.values() for key in a})
     differing = [key for key in keys if len({json.dumps(a.get(key)) for a in arguments.values()}) > 1] or ["ckpt"]
     return {", ".join(f"{key} {arguments[runs[0]].get(key)}" for key in differing): runs for runs in groups.values()}

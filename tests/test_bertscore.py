@@ -1,0 +1,190 @@
+"""BERTScore against golden/bertscore (made by golden/make_bertscore.py with the package bert-score), to 1e-6."""
+
+import json
+
+import pytest
+import torch
+
+from sevloss import InputError, bertscore, device
+from sevloss.bertscore import Scorer, bert_score
+
+LONG = "خذ الدواء بعد الأكل " * 20
+EMPTY = ["", " ", "\n\t ", "\u200f"]  # a lone direction mark is no piece either
+
+
+@pytest.fixture
+def checkpoint(golden):
+    return golden / "bertscore"
+
+
+@pytest.fixture
+def expected(checkpoint):
+    return json.loads((checkpoint / "expected.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def pairs(expected):
+    """candidates, references"""
+    return [list(side) for side in zip(*expected["pairs"])]
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    """The documents of each forward pass, as id lists, filled as a Scorer works."""
+    passes = []
+
+    def watch(scorer):
+        original = scorer.model.blocks_output
+
+        def blocks_output(tokens, lengths, layer):
+            passes.append([part.tolist() for part in tokens.split(lengths)])
+            return original(tokens, lengths, layer)
+        monkeypatch.setattr(scorer.model, "blocks_output", blocks_output)
+        return passes
+    return watch
+
+
+def assert_scores(ours, rows):
+    """rows: [precision, recall, f1] of each pair"""
+    __tracebackhide__ = True
+    assert [t.shape for t in ours] == [(len(rows),)] * 3
+    difference = (torch.stack(ours, dim=1) - torch.tensor(rows)).abs()
+    assert difference.max() < 1e-6, f"pair {int(difference.amax(1).argmax())} differs by {difference.max():.1e}"
+
+
+# ------------------------------------------------------------------ the same as the package
+
+@pytest.mark.parametrize("block", range(4))
+def test_every_block(checkpoint, expected, pairs, block):
+    assert_scores(bert_score(*pairs, checkpoint, block), expected["scores"][str(block)])
+
+
+def test_idf(checkpoint, expected, pairs):
+    assert_scores(bert_score(*pairs, checkpoint, 3, idf=True), expected["idf"])
+
+
+def test_idf_counts_a_reference_as_often_as_it_occurs(checkpoint, pairs):
+    """Written out: log((n + 1) / (df + 1)) for each piece, over rows, not over different texts."""
+    scorer = Scorer.load(checkpoint, 3)
+    references = ["نعم", "نعم", "نعم", "لا"]
+    weights = scorer._piece_weights([scorer.tokenizer.encode(text).ids for text in references])
+    for text, df in (("نعم", 3), ("لا", 1), ("الدواء", 0)):
+        for piece in scorer.tokenizer.encode(text, add_special_tokens=False).ids:
+            assert weights[piece] == pytest.approx(torch.tensor(5 / (df + 1)).log().item(), rel=1e-6)
+    assert (weights[scorer.tokenizer.encode("").ids] == 0).all()
+
+
+def test_idf_of_a_single_reference_is_zero_not_nan(checkpoint):
+    scores = bert_score(["نعم"], ["نعم"], checkpoint, 3, idf=True)
+    assert torch.stack(scores).tolist() == [[0], [0], [0]]
+
+
+# ------------------------------------------------------------------ texts of every kind
+
+@pytest.mark.parametrize("empty", EMPTY)
+def test_without_a_text_on_either_side_everything_is_zero_and_other_pairs_do_not_notice(checkpoint, empty):
+    candidates, references = [empty, "نعم", empty, "خذ الدواء"], ["نعم", empty, empty, "الدواء"]
+    scores = torch.stack(bert_score(candidates, references, checkpoint, 2))
+    assert (scores[:, :3] == 0).all()
+    assert torch.allclose(scores[:, 3:], torch.stack(bert_score(["خذ الدواء"], ["الدواء"], checkpoint, 2)), atol=1e-6)
+
+
+def test_no_pairs(checkpoint):
+    assert [t.shape for t in bert_score([], [], checkpoint, 2)] == [(0,)] * 3
+
+
+def test_names_of_special_tokens_in_a_text_are_text(checkpoint):
+    """Else a "[SEP]" that a model writes would weigh nothing, and an answer of these alone would be empty."""
+    precision, recall, f1 = bert_score(["[SEP]", "[CLS] [SEP]"], ["نعم", "نعم"], checkpoint, 2)
+    assert (f1 > 0).all()
+
+
+def test_cut_texts_are_counted_and_reported(checkpoint, capsys):
+    scorer = Scorer.load(checkpoint, 2)
+    long = scorer.score([LONG, "نعم", LONG + "."], ["نعم", LONG, "لا"])
+    assert scorer.cut == 2
+    assert "2 of 4 different texts were cut to 32 pieces" in capsys.readouterr().out
+    end = scorer.tokenizer.encode(LONG).ids
+    head = scorer.tokenizer.decode(end[1:31])
+    assert torch.allclose(torch.stack(scorer.score([head], ["نعم"])).squeeze(1), torch.stack(long)[:, 0], atol=1e-6)
+    assert scorer.cut == 0 and not capsys.readouterr().out  # 32 pieces are not too many
+
+
+# ------------------------------------------------------------------ what is computed, and how often
+
+def test_each_text_is_encoded_once_sorted_by_length(checkpoint, fed):
+    scorer = Scorer.load(checkpoint, 2)
+    passes = fed(scorer)
+    scorer.score(["خذ الدواء بعد الأكل", " نعم", "لا ", "نعم"], ["نعم", "نعم\n", "خذ الدواء بعد الأكل", "خذ الماء"])
+    [documents] = passes
+    assert len(documents) == len(set(map(tuple, documents))) == 4
+    assert [len(d) for d in documents] == sorted(len(d) for d in documents)
+
+
+def test_scores_do_not_depend_on_company_or_chunks(checkpoint, pairs, monkeypatch):
+    scorer = Scorer.load(checkpoint, 3)
+    together = torch.stack(scorer.score(*pairs))
+    alone = torch.cat([torch.stack(scorer.score([c], [r])) for c, r in zip(*pairs)], dim=1)
+    backwards = torch.stack(scorer.score(pairs[0][::-1], pairs[1][::-1])).flip(1)
+    monkeypatch.setattr(bertscore, "MOST_HELD", 40)
+    chunked = torch.stack(scorer.score(*pairs))
+    for other in (alone, backwards, chunked):
+        assert torch.allclose(other, together, atol=1e-6)
+
+
+def test_memory_is_bounded(checkpoint, pairs, monkeypatch, fed):
+    """With few vectors held at a time there are more passes, each below the bound, and the bar still ends at 2n."""
+    scorer, steps = Scorer.load(checkpoint, 3), []
+    passes = fed(scorer)
+    monkeypatch.setattr(bertscore, "MOST_HELD", 70)
+    scorer.score(*pairs, progress=type("Bar", (), {"update": lambda self, n: steps.append(n)})())
+    assert len(passes) > 3 and max(sum(map(len, documents)) for documents in passes) <= 70
+    assert sum(steps) == 2 * len(pairs[0]) and len(steps) == len(passes)
+
+
+def test_bf16_is_near_and_comes_back_as_fp32(checkpoint, pairs):
+    exact = torch.stack(bert_score(*pairs, checkpoint, 3))
+    rough = torch.stack(bert_score(*pairs, checkpoint, 3, compute=device.choose("cpu", "bf16")))
+    assert rough.dtype == torch.float32
+    assert 1e-5 < (rough - exact).abs().max() < 0.02
+
+
+def test_fp32_is_full_fp32_even_where_training_allowed_tf32(checkpoint, monkeypatch):
+    scorer, seen = Scorer.load(checkpoint, 2), []
+    original = scorer.model.blocks_output
+    monkeypatch.setattr(scorer.model, "blocks_output", lambda *a: seen.append(torch.get_float32_matmul_precision()) or original(*a))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        scorer.score(["نعم"], ["لا"])
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_classifier_is_an_encoder_too(checkpoint, edited, pairs):
+    """A run of train_classifier.py has a head beside the encoder; the scores are the encoder's."""
+    def with_head(tensors):
+        return {f"bert.{name}": tensor for name, tensor in tensors.items()} | {
+            "bert.pooler.dense.weight": torch.zeros(24, 24), "bert.pooler.dense.bias": torch.zeros(24),
+            "classifier.weight": torch.zeros(3, 24), "classifier.bias": torch.zeros(3)}
+    folder = edited("bertscore", with_head, id2label={"0": "a", "1": "b", "2": "c"})
+    assert torch.equal(torch.stack(bert_score(*pairs, folder, 2)), torch.stack(bert_score(*pairs, checkpoint, 2)))
+
+
+# ------------------------------------------------------------------ what is refused
+
+@pytest.mark.parametrize("block", [-1, 4])
+def test_block_that_does_not_exist(checkpoint, block):
+    with pytest.raises(InputError, match=f"block {block}: .* has blocks 1 to 3"):
+        bert_score(["نعم"], ["نعم"], checkpoint, block)
+
+
+def test_causal_model(golden):
+    with pytest.raises(InputError, match="is no encoder"):
+        bert_score(["نعم"], ["نعم"], golden / "gpt2", 1)
+
+
+def test_lists_of_different_length(checkpoint):
+    with pytest.raises(ValueError, match="2 candidates and 1 references"):
+        bert_score(["نعم", "لا"], ["نعم"], checkpoint, 2)
