@@ -1,6 +1,6 @@
 """linear_weighted_token_ce against what people would otherwise write: forward and backward, time and added peak memory.
 
-    python benchmarks/loss.py [--rows 2048] [--width 768] [--vocabulary 64000] [--dtype bf16|fp32] [--repeat 5]
+    python benchmarks/loss.py [--rows 2048] [--width 768] [--vocabulary 64000] [--dtype bf16|fp32] [--repeat 5] [--without-torch]
 
 All contenders run in turn, on the same tensors, in one process under the same allocator and threads. Ratios are against `naive`, round
 by round. Memory is the peak of the resident size above its level before the call (Linux).
@@ -36,6 +36,12 @@ def checkpointed(hidden, head, targets, weights, denominator):
     return sum(checkpoint(naive, h, head, t, w, denominator, use_reentrant=False) for h, t, w in parts)
 
 
+def torch_chunked(hidden, head, targets, weights, denominator):
+    """PyTorch's own chunks: per-token weights only through reduction="none"."""
+    nll = F.linear_cross_entropy(hidden, head, targets, reduction="none", options=torch.nn.LinearCrossEntropyOptions())
+    return (nll.float() * weights).sum() / denominator
+
+
 def resident(field):
     """Bytes; VmHWM is the peak since reset_peak()."""
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
@@ -54,13 +60,17 @@ def main():
     parser.add_argument("--vocabulary", type=int, default=64_000)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--without-torch", action="store_true", help="leave F.linear_cross_entropy out: it takes ten times as long")
     args = parser.parse_args()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     torch.manual_seed(0)
     hidden = torch.randn(args.rows, args.width).to(dtype).requires_grad_()
     head = (torch.randn(args.vocabulary, args.width) * 0.05).to(dtype).requires_grad_()
     targets, weights = torch.randint(args.vocabulary, (args.rows,)), torch.rand(args.rows) + 0.5
-    contenders = {"naive": naive, "checkpointed chunks": checkpointed, "linear_weighted_token_ce": ours}
+    contenders = {"naive": naive, "checkpointed chunks": checkpointed, "F.linear_cross_entropy": torch_chunked,
+                  "linear_weighted_token_ce": ours}
+    if args.without_torch:
+        del contenders["F.linear_cross_entropy"]
     seconds, memory, gradients = {n: [] for n in contenders}, {n: [] for n in contenders}, {}
     for turn in range(args.repeat + 1):
         for name, function in contenders.items():
@@ -85,7 +95,7 @@ def main():
         added = {n: statistics.median(memory[n]) for n in (name, "naive")}
         print(f"{name:26} time {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
               f"{statistics.median(seconds[name]):.2f} s; "
-              f"memory {added[name] / added['naive']:.2f}, {added[name] / 2 ** 20:,.0f} MiB added")
+              f"memory {added[name] / max(1, added['naive']):.2f}, {added[name] / 2 ** 20:,.0f} MiB added")
 
 
 if __name__ == "__main__":
