@@ -124,7 +124,7 @@ def answer_rows(name, pairs, args, protocol, out):
                 answers = generate(model, [prompts[i] for i in part], max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model),
                                    temperature=args.temperature, top_p=args.top_p, seed=args.seed)
             for i, ids in zip(part, answers):
-                pair, text = pairs[i], tokenizer.decode(ids).strip()
+                pair, text = pairs[i], tokenizer.decode(ids).rstrip("\ufffd").strip()  # half a character where it was cut off
                 if args.recipe == "paper":
                     text = text.rpartition(HEADING)[2].strip()
                 file.write(json.dumps({

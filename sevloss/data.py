@@ -366,7 +366,7 @@ def encode(tokenizer, texts, *, special):
     tokenizer.encode_special_tokens = True
     ids = []
     for start in range(0, len(texts), 1024):
-        ids += [e.ids for e in tokenizer.encode_batch(texts[start:start + 1024], add_special_tokens=special)]
+        ids += [e.ids for e in tokenizer.encode_batch_fast(texts[start:start + 1024], add_special_tokens=special)]
     return ids
 
 

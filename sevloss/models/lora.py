@@ -74,7 +74,9 @@ def save(model, folder):
     """adapter_config.json and adapter_model.safetensors, as `peft` writes them."""
     tensors = {f"{PREFIX}{name}.{part}.weight": getattr(layer, part).weight.detach().cpu().contiguous()
                for name, layer in layers(model).items() for part in ("lora_A", "lora_B")}
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = Path(folder) / "adapter_model.safetensors.tmp"  # renamed when it is whole
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.replace(Path(folder) / "adapter_model.safetensors")
     transposed = any(layer.transposed for layer in layers(model).values())
     (Path(folder) / "adapter_config.json").write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base, "bias": "none",
