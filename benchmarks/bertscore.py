@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sevloss import command, data, device  # noqa: E402
+from sevloss import check_positive, command, data, device  # noqa: E402
 from sevloss.bertscore import Scorer  # noqa: E402
 from sevloss.models import from_scratch, load_model, load_tokenizer, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_bert  # noqa: E402
@@ -64,6 +64,7 @@ def main():
     parser.add_argument("--rows", type=int, default=64, help="pairs to score")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
+    check_positive(args, "rows", "repeat")
     candidates, references = choose_texts(args.data, args.rows)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(args.ckpt, candidates + references, folder)

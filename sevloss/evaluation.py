@@ -73,7 +73,8 @@ def settings_of(names):
     for name in names:
         facts = run_facts(name)
         given = {key: value for key, value in facts.get("arguments", {}).items() if key not in SEED_ARGUMENTS}
-        arguments[name] = given | {"data": facts["data_fingerprint"]} if given else {"ckpt": name}
+        part = "" if (Path(name) / "run.json").is_file() else Path(name).name  # best/ and merged/ are no other seeds of their run
+        arguments[name] = given | {"data": facts["data_fingerprint"], "part": part} if given else {"ckpt": name}
     groups = defaultdict(list)
     for name in names:
         groups[json.dumps(arguments[name], sort_keys=True)].append(name)

@@ -142,10 +142,13 @@ def test_memory_is_bounded(checkpoint, pairs, monkeypatch, fed):
     assert sum(steps) == 2 * len(pairs[0]) and len(steps) == len(passes)
 
 
-def test_bf16_is_near_and_comes_back_as_fp32(checkpoint, pairs):
+def test_bf16_multiplies_in_bf16_is_near_and_comes_back_as_fp32(checkpoint, pairs):
     exact = torch.stack(bert_score(*pairs, checkpoint, 3))
-    rough = torch.stack(bert_score(*pairs, checkpoint, 3, compute=device.choose("cpu", "bf16")))
-    assert rough.dtype == torch.float32
+    scorer, outputs = Scorer.load(checkpoint, 3, compute=device.choose("cpu", "bf16")), []
+    linear = next(m for m in scorer.model.modules() if isinstance(m, torch.nn.Linear))
+    linear.register_forward_hook(lambda module, args, output: outputs.append(output.dtype))
+    rough = torch.stack(scorer.score(*pairs))
+    assert set(outputs) == {torch.bfloat16} and rough.dtype == torch.float32
     assert 1e-5 < (rough - exact).abs().max() < 0.02
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import evaluate
 import finetune
 import train_classifier
-from sevloss import checkpoint, data, device, metrics, severity
-from sevloss.models import eos_ids, load_model, load_tokenizer
+from sevloss import checkpoint, data, device, evaluation, hub, metrics, severity
+from sevloss.models import eos_ids, load_model, load_tokenizer, save_model
 
 ROOT = Path(__file__).parent.parent
 METRICS = ["step", "loss", "lr", "grad_norm", "examples", "tokens", "supervised_tokens", "seconds"]
@@ -408,24 +408,178 @@ def test_classifier_run_is_a_checkpoint_for_the_next(classifier, folder, table):
     assert json.loads((folder / "second" / "run.json").read_text())["preprocess"] == "arabert"
 
 
+# ------------------------------------------------------------------ LoRA, recipes
+
+@pytest.fixture(scope="module")
+def whole(tiny, folder):
+    """A checkpoint to adapt."""
+    save_model(*tiny, folder / "whole")
+    return folder / "whole"
+
+
+def test_lora(whole, table, folder, monkeypatch):
+    """Adapters alone are trained and written; a stopped run goes on to the bit; merged, it is a model like any other."""
+    monkeypatch.chdir(folder)  # runs/cache
+    common = ["--ckpt", whole, "--data", table, "--dtype", "fp32", "--lr", 0.01, "--lora", 2, "--batch-size", 16, "--save-every", 3]
+    call(finetune, *common, "--max-steps", 6, "--out", folder / "lora", "--merge")
+    assert not (folder / "lora" / "model.safetensors").exists() and losses(folder / "lora")[-1] < losses(folder / "lora")[0]
+    adapted, merged, before = (load_model(path) for path in (folder / "lora" / "best", folder / "lora" / "merged", whole))
+    changed = {name for name, p in adapted.state_dict().items() if not torch.equal(p, before.state_dict()[name])}
+    assert changed and all(name.endswith(("c_attn.weight", "c_proj.weight")) for name in changed)
+    assert all(torch.equal(p, merged.state_dict()[name]) for name, p in adapted.state_dict().items())
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        steps = iter(range(4))
+
+        def stopping(*arguments, **options):
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+        real = finetune.linear_weighted_token_ce
+        patch.setattr(finetune, "linear_weighted_token_ce", stopping)
+        patch.setattr(sys, "argv", ["finetune.py", *map(str, [*common, "--max-steps", 6, "--out", folder / "stopped_lora", "--merge"])])
+        finetune.main.__wrapped__()
+    call(finetune, *common, "--max-steps", 6, "--out", folder / "stopped_lora", "--merge", "--resume")
+    assert without_seconds(folder / "stopped_lora") == without_seconds(folder / "lora")
+    adapters = [(folder / run / "adapter_model.safetensors").read_bytes() for run in ("lora", "stopped_lora")]
+    assert adapters[0] == adapters[1]
+    call(evaluate, folder / "lora", "--data", table, "--max-new-tokens", 3, "--dtype", "fp32", "--bertscore", "none")
+
+
+def test_recipe_paper(whole, table, folder, monkeypatch):
+    """Its arguments, unless others are given; and each row supervised from its second token to the last EOS."""
+    monkeypatch.chdir(folder)
+    call(finetune, "--recipe", "paper", "--ckpt", whole, "--data", table, "--dtype", "fp32", "--max-steps", 1, "--lr", 0.001,
+         "--max-length", 96, "--out", folder / "paper_run")
+    arguments = json.loads((folder / "paper_run" / "run.json").read_text())["arguments"]
+    expected = {"lora": 16, "lora_alpha": 32.0, "batch_size": 8, "warmup": 0.0, "train_rows": 20_000, "supervise": "row", "lr": 0.001}
+    assert {name: arguments[name] for name in expected} == expected
+    line, = lines(folder / "paper_run" / "metrics.jsonl")
+    assert line["examples"] == 8 and line["supervised_tokens"] == line["tokens"] == 8 * 95
+
+
+def test_gradient_checkpointing_changes_nothing(whole, table, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    common = ["--ckpt", whole, "--data", table, "--dtype", "fp32", "--max-steps", 3, "--batch-size", 8]
+    call(finetune, *common, "--out", folder / "kept")
+    call(finetune, *common, "--out", folder / "recomputed", "--gradient-checkpointing")
+    assert without_seconds(folder / "kept") == without_seconds(folder / "recomputed")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--lora", 4], "--lora adapts a checkpoint; --ckpt tiny is made on the spot"),
+    (["--merge"], "--merge and --lora-targets belong to --lora R"),
+    (["--lora", 0, "--ckpt", "x"], "--lora must be positive"),
+    (["--lora", 2, "--lora-dropout", 1, "--ckpt", "x"], "--lora-dropout must be less than 1"),
+], ids=str)
+def test_lora_refusals(arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        call(finetune, *arguments)
+    assert left.value.code == 2 and message in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------ evaluate.py
 
 def test_evaluation(base, table, folder, capsys):
-    """Two side by side, on the test rows alone; perplexity from sums over all tokens; all can be read back."""
+    """Two side by side, on the test rows alone; NLL and perplexity from sums over all tokens; all can be read back."""
     out = folder / "compared"
     call(evaluate, base, base / "best", "--out", out, "--max-new-tokens", 6, "--dtype", "fp32")
     test = data.split_pairs(data.read_pairs(table, needed=BOTH))["test"]
-    scores = lines(out / "scores.jsonl")
-    assert [(s["run"], s["row"]) for s in scores if s["run"] == str(base)] == [
-        (str(base), p.row) for p in sorted(test, key=lambda p: data.fraction(p.complaint, "order"))]
-    assert len(scores) == 2 * len(test)
-    mine = [s for s in scores if s["run"] == str(base)]
-    nll = sum(s["nll"] for s in mine) / sum(s["tokens"] for s in mine)
+    found, names = hub.read_json(out / "evaluation.json"), [str(base), str(base / "best")]
+    answers = [evaluation.load_answers(path) for path in sorted((base / "evaluation").glob("answers-*.jsonl"))
+               if evaluation.read_answers(path)[0]["protocol"]["max_new_tokens"] == 6][0]
+    assert [row["row"] for row in answers.rows] == [p.row for p in test]
+
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    examples = data.encode_pairs(test, tokenizer, max_length=512, eos_id=eos_ids(model)[0], preprocess="arabert")
+    for i, row in enumerate(answers.rows):  # one document at a time, by cross_entropy
+        ids, first = torch.from_numpy(examples.ids[examples.starts[i]:examples.starts[i + 1]]).long(), examples.first_target[i]
+        logits = model(ids[:-1], [len(ids) - 1])[first - 1:] @ model.head_weight.T
+        assert row["nll"] == pytest.approx(F.cross_entropy(logits, ids[first:], reduction="sum").item(), rel=1e-4)
+        assert row["tokens"] == len(ids) - first
+    nll = sum(row["nll"] for row in answers.rows) / sum(row["tokens"] for row in answers.rows)
+    means = {(m["setting"], m["group"], m["score"]): m["mean"] for m in found["means"]}
+    assert means[names[0], "all", "NLL"] == pytest.approx(nll) and means[names[0], "all", "perplexity"] == pytest.approx(math.exp(nll))
+    assert list(found["groups"])[:5] == ["all", *severity.CLASSES, "by p(critical)"]
+
     text = (out / "table.txt").read_text()
-    assert f"{nll:.4f}" in text and f"{math.exp(nll):,.1f}" in text and text.splitlines()[0] in capsys.readouterr().out
-    assert [line.split()[-5] for line in text.splitlines()[2:]] == ["all", *severity.CLASSES] * 2
-    answers = lines(out / "generations.jsonl")
-    assert len(answers) == 3 and all(set(a["answers"]) == {str(base), str(base / "best")} for a in answers)
+    assert f"{nll:.4f}" in text and text.splitlines()[0] in capsys.readouterr().out
+    assert [(s["run"], s["row"]) for s in lines(out / "scores.jsonl") if s["run"] == names[0]] == [(names[0], p.row) for p in test]
+    assert len(lines(out / "generations.jsonl")) == len(test) and (out / "report.html").stat().st_size > 10_000
+
+
+def test_evaluation_goes_on_where_it_stopped(base, folder, monkeypatch):
+    """A file that was cut off in the middle of a line is completed, to what it would have been; what is there is not answered again."""
+    monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 4)
+    call(evaluate, base, "--out", folder / "stopped", "--max-new-tokens", 5, "--dtype", "fp32")
+    path = next(p for p in (base / "evaluation").glob("answers-*.jsonl")
+                if evaluation.read_answers(p)[0]["protocol"]["max_new_tokens"] == 5)
+    whole, asked = path.read_text(encoding="utf-8"), []
+    cut = "".join(whole.splitlines(keepends=True)[:7])
+    path.write_text(cut + whole[len(cut):len(cut) + 40], encoding="utf-8")
+    generate = evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **more: asked.extend(prompts) or generate(model, prompts, **more))
+    call(evaluate, base, "--out", folder / "stopped", "--max-new-tokens", 5, "--dtype", "fp32")
+    assert sorted(path.read_text(encoding="utf-8").splitlines()) == sorted(whole.splitlines())
+    assert len(asked) == len(whole.splitlines()) - 7
+    call(evaluate, base, "--out", folder / "stopped", "--max-new-tokens", 5, "--dtype", "fp32")
+    assert len(asked) == len(whole.splitlines()) - 7
+
+
+def test_evaluations_that_cannot_be_compared(base, folder, capsys):
+    """Other decoding; the same run twice; an answers file that is not finished."""
+    for tokens in (3, 4):
+        call(evaluate, base, "--out", folder / "other", "--max-new-tokens", tokens, "--dtype", "fp32")
+    files = [next(p for p in (base / "evaluation").glob("answers-*.jsonl")
+                  if evaluation.read_answers(p)[0]["protocol"]["max_new_tokens"] == tokens) for tokens in (3, 4)]
+    broken = folder / "broken.jsonl"
+    broken.write_text("".join(files[0].read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    for runs, message in ((files, "evaluated with different max_new_tokens: 3 and 4"), ([base, base], "is given twice"),
+                          ([broken], "is not finished")):
+        with pytest.raises(SystemExit) as left:
+            call(evaluate, *runs)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert left.value.code == 2 and error.startswith("error: ") and message in error
+
+
+def test_without_a_scorer_the_rest_is_computed(base, folder, capsys):
+    call(evaluate, base, "--out", folder / "scorer", "--max-new-tokens", 3, "--dtype", "fp32", "--bertscore", folder / "nothing")
+    assert "BERTScore was not computed" in capsys.readouterr().out
+    scores = {m["score"] for m in hub.read_json(folder / "scorer" / "evaluation.json")["means"]}
+    assert {"NLL", "perplexity", "chrF", "ROUGE-L", "urgent"} <= scores and "BERTScore F1" not in scores
+
+
+def test_bertscore_and_the_papers_table(base, folder, golden):
+    call(evaluate, base, "--out", folder / "scored", "--max-new-tokens", 3, "--dtype", "fp32", "--bertscore", golden / "bertscore",
+         "--bertscore-layer", 1)
+    found = hub.read_json(folder / "scored" / "evaluation.json")
+    f1 = next(m["mean"] for m in found["means"] if m["score"] == "BERTScore F1" and m["group"] == "all")
+    header, rows = found["paper_table"]
+    assert rows == [["tiny", *("" if column != "balanced" else f"{100 * f1:.2f}" for column in header[1:])]]
+
+
+def test_seeds_of_one_setting(tmp_path):
+    """Runs that differ in the seed alone are one setting; a run and its best/ are two."""
+    for name, weighting, seed in (("a-0", "none", 0), ("a-1", "none", 1), ("b-0", "balanced", 0)):
+        checkpoint.write_run_json(tmp_path / name, "finetune.py", {"weighting": weighting, "seed": seed, "out": name}, data_fingerprint="x")
+    runs = [str(tmp_path / name) for name in ("a-0", "a-1", "b-0")]
+    assert evaluation.settings_of(runs) == {str(tmp_path / "a"): runs[:2], runs[2]: runs[2:]}
+    (tmp_path / "a-0" / "best").mkdir()
+    both = [runs[0], str(tmp_path / "a-0" / "best")]
+    assert evaluation.settings_of(both) == {name: [name] for name in both}
+
+
+def test_recipe_paper_decodes_without_the_heading(base, folder, monkeypatch):
+    """Its prompt ends before "الاجابة:", and what the model says before that word is cut off."""
+    asked = []
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **options: asked.append((prompts, options)) or [
+        tokenizer.encode("كلام\n\nالاجابة:\nراجع الطبيب").ids for _ in prompts])
+    tokenizer = load_tokenizer(base)
+    call(evaluate, base, "--out", folder / "paper", "--recipe", "paper", "--dtype", "fp32")
+    assert all(answer == "راجع الطبيب" for line in lines(folder / "paper" / "generations.jsonl") for answer in line["answers"].values())
+    prompts, options = asked[0]
+    assert options["temperature"] == 0.7 and options["max_new_tokens"] == 50
+    assert not any("الاجابة" in tokenizer.decode(prompt) for prompt in prompts)
 
 
 def test_answers_are_the_models_own(base, table, folder):
@@ -536,8 +690,8 @@ def test_annotation_does_not_train_by_itself(table, tmp_path, capsys):
 
 def test_evaluation_finds_table_and_run(base, folder, tmp_path, monkeypatch):
     """best/ is scored on the rows of its run; without arguments the newest run is taken, whatever its name."""
-    facts = evaluate.facts_of(base)
-    assert facts["script"] == "finetune.py" and evaluate.facts_of(base / "best") == facts
+    facts = evaluation.run_facts(base)
+    assert facts["script"] == "finetune.py" and evaluation.run_facts(base / "best") == facts
     for name, script in (("runs/balanced", "finetune.py"), ("runs/finetune-001", "finetune.py"), ("runs/severity", "train_classifier.py")):
         checkpoint.write_run_json(tmp_path / name, script, {})
     for age, name in enumerate(("runs/severity", "runs/balanced", "runs/finetune-001")):
