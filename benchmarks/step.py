@@ -178,7 +178,7 @@ def main():
         make_checkpoint(args, folder)
         environment = os.environ | (TUNED if args.allocator == "tuned" else {})
         sides = {side: subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder], env=environment,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                  for side in ("sevloss", "transformers")}
         results = {side: [] for side in sides}
         for process in sides.values():
