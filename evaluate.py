@@ -194,7 +194,8 @@ def _number(value):
 def main():
     args = parse_arguments()
     names = args.runs or [newest_run()]
-    if twice := [name for name in names if names.count(name) > 1]:
+    places = [str(Path(name).resolve()) if Path(name).exists() else name for name in names]
+    if twice := [name for name, place in zip(names, places) if places.count(place) > 1]:
         raise InputError(f"{twice[0]} is given twice")
     models = [name for name in names if not Path(name).is_file()]
     for name in models:

@@ -103,10 +103,10 @@ def load_state(run, model, optimizer, scaler, schedule):
 
 def keep_lines(path, count):
     """Cuts a file of lines to its first `count`: what a stopped run wrote after its last save is written again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if path.is_file() else []
+    lines = path.read_bytes().split(b"\n")[:-1][:count] if path.is_file() else []  # bytes: a stop may have cut a letter in half
     if len(lines) < count:
         raise InputError(f"--resume: {path} has lost lines of the {count} before the last save; start again in a new folder")
-    write_atomically(path, lambda p: p.write_text("".join(lines), encoding="utf-8"))
+    write_atomically(path, lambda p: p.write_bytes(b"".join(line + b"\n" for line in lines)))
 
 
 def write_lines(path, lines):

@@ -30,12 +30,14 @@ class Answers:
 def read_answers(path):
     """(head, rows) of an answers file: its first line says how it was made, each other one holds a row. A last line that was cut
     off by a stop does not count."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True) if Path(path).is_file() else []
+    # bytes: a stop may cut a letter in half, and splitlines() would also cut at U+2028, which JSON leaves inside a line
+    lines = Path(path).read_bytes().split(b"\n")[:-1] if Path(path).is_file() else []
     try:
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        records = [json.loads(line) for line in lines]
     except ValueError as error:
         raise InputError(f"{path} is no answers file: {error}") from error
-    if records and not (isinstance(records[0], dict) and "protocol" in records[0]):
+    head = records[0] if records else {}
+    if records and not (isinstance(head, dict) and isinstance(head.get("protocol"), dict) and "rows" in head["protocol"]):
         raise InputError(f"{path} is no answers file of evaluate.py")
     return (records[0], records[1:]) if records else ({}, [])
 

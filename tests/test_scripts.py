@@ -515,8 +515,8 @@ def test_evaluation_goes_on_where_it_stopped(base, folder, monkeypatch):
     path = next(p for p in (base / "evaluation").glob("answers-*.jsonl")
                 if evaluation.read_answers(p)[0]["protocol"]["max_new_tokens"] == 5)
     whole, asked = path.read_text(encoding="utf-8"), []
-    cut = "".join(whole.splitlines(keepends=True)[:7])
-    path.write_text(cut + whole[len(cut):len(cut) + 40], encoding="utf-8")
+    eighth = "".join(whole.splitlines(keepends=True)[:8]).encode()
+    path.write_bytes(eighth[:max(i for i, byte in enumerate(eighth) if byte in (0xD8, 0xD9)) + 1])  # half an Arabic letter
     generate = evaluate.generate
     monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **more: asked.extend(prompts) or generate(model, prompts, **more))
     call(evaluate, base, "--out", folder / "stopped", "--max-new-tokens", 5, "--dtype", "fp32")
@@ -524,6 +524,17 @@ def test_evaluation_goes_on_where_it_stopped(base, folder, monkeypatch):
     assert len(asked) == len(whole.splitlines()) - 7
     call(evaluate, base, "--out", folder / "stopped", "--max-new-tokens", 5, "--dtype", "fp32")
     assert len(asked) == len(whole.splitlines()) - 7
+
+
+def test_answers_with_unicode_line_separators(tmp_path):
+    """They end a line for Python's splitlines, not in JSON."""
+    head = {"name": "a", "protocol": {"rows": 1}}
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, {"row": 1, "answer": "نعم\u2028لا\u0085"})),
+                    encoding="utf-8")
+    assert evaluation.load_answers(path).rows[0]["answer"] == "نعم\u2028لا\u0085"
+    checkpoint.keep_lines(path, 2)
+    assert len(evaluation.load_answers(path).rows) == 1
 
 
 def test_evaluations_that_cannot_be_compared(base, folder, capsys):
@@ -534,7 +545,7 @@ def test_evaluations_that_cannot_be_compared(base, folder, capsys):
                   if evaluation.read_answers(p)[0]["protocol"]["max_new_tokens"] == tokens) for tokens in (3, 4)]
     broken = folder / "broken.jsonl"
     broken.write_text("".join(files[0].read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
-    for runs, message in ((files, "evaluated with different max_new_tokens: 3 and 4"), ([base, base], "is given twice"),
+    for runs, message in ((files, "evaluated with different max_new_tokens: 3 and 4"), ([base, f"{base}/../{base.name}"], "is given twice"),
                           ([broken], "is not finished")):
         with pytest.raises(SystemExit) as left:
             call(evaluate, *runs)
