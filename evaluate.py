@@ -9,13 +9,14 @@
 import argparse
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from tqdm import tqdm
 
 from sevloss import InputError, arabic, check_positive, checkpoint, command, data, device, evaluation, hub, metrics, terminal
 from sevloss.bertscore import Scorer
-from sevloss.evaluation_report import write_evaluation
+from sevloss.evaluation_report import without_nan, write_evaluation
 from sevloss.generate import generate
 from sevloss.models import eos_ids, load_model, load_tokenizer
 from sevloss.severity import CLASSES
@@ -81,10 +82,12 @@ def class_of(pair):
 def answer_rows(name, pairs, args, protocol, out):
     """Answers every complaint and scores every reference; returns the answers file. It is written as rows are done, the longest prompts
     first; the same call goes on where it was stopped, and what is complete is not done again."""
-    weights = hub.find_file(name, ("adapter_model.safetensors", *hub.WEIGHTS)).stat()
-    digest = hashlib.blake2b(repr((protocol, args.dtype, weights.st_size, weights.st_mtime_ns)).encode(), digest_size=5).hexdigest()
-    folder = Path(name) / "evaluation" if evaluation.run_facts(name) else out
-    path = folder / f"answers-{'' if evaluation.run_facts(name) else Path(name).name + '-'}{digest}.jsonl"
+    run = evaluation.run_facts(name)
+    weights = hub.find_file(name, ("adapter_model.safetensors", "adapter_model.bin", *hub.WEIGHTS)).stat()
+    made_from = (protocol, [(pair.row, pair.specialty) for pair in pairs], args.dtype, weights.st_size, weights.st_mtime_ns,
+                 "" if run else hub.full_name(name))
+    digest = hashlib.blake2b(repr(made_from).encode(), digest_size=5).hexdigest()
+    path = Path(name) / "evaluation" / f"answers-{digest}.jsonl" if run else out / f"answers-{Path(name).name}-{digest}.jsonl"
     head, records = evaluation.read_answers(path)
     done = {record["row"] for record in records}
     left = [i for i, pair in enumerate(pairs) if pair.row not in done]
@@ -112,11 +115,11 @@ def answer_rows(name, pairs, args, protocol, out):
 
     path.parent.mkdir(parents=True, exist_ok=True)
     left.sort(key=lambda i: -len(prompts[i]))
-    if head:
-        checkpoint.keep_lines(path, 1 + len(records))  # not the line that a stop cut off
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without the line that a stop cut off
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(pairs), initial=len(done), unit="row", desc=name, mininterval=1) as bar:
         if not head:
-            file.write(json.dumps({"name": name, "protocol": protocol}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"name": name, "run": run, "protocol": protocol}, ensure_ascii=False) + "\n")
         for start in range(0, len(left), ROWS_AT_ONCE):
             part = left[start:start + ROWS_AT_ONCE]
             nll = metrics.response_nll(model, examples, compute, indices=part)
@@ -140,34 +143,34 @@ def answer_rows(name, pairs, args, protocol, out):
 
 def bert_scores(answers, args, notes):
     """{name: [F1, ...]}, kept beside the answers; {} where there is no scorer, with a note that says how to get one."""
-    tiny = all(evaluation.run_facts(a.name).get("arguments", {}).get("ckpt") == "tiny" for a in answers)
+    tiny = all(a.run.get("arguments", {}).get("ckpt") == "tiny" for a in answers)
     ckpt, scorer, f1 = args.bertscore or ("none" if tiny else MBERT), None, {}
     if ckpt == "none":
         notes.append("BERTScore was not computed" + (f"; --bertscore {MBERT} does it for tiny models too" if not args.bertscore else ""))
         return {}
     for a in answers:
         kept = a.path.with_name(f"{a.path.stem}-{Path(ckpt).name}-{args.bertscore_layer}.json")
-        if kept.is_file() and kept.stat().st_mtime_ns > a.path.stat().st_mtime_ns:
-            f1[a.name] = hub.read_json(kept)["f1"]
+        before = hub.read_json(kept) if kept.is_file() and kept.stat().st_mtime_ns > a.path.stat().st_mtime_ns else {}
+        if before.get("encoder") == hub.full_name(ckpt):
+            f1[a.name] = before["f1"]
             continue
         try:
             scorer = scorer or Scorer.load(ckpt, args.bertscore_layer, compute=device.choose(args.device, "fp32"))
         except InputError as error:
-            notes.append(f"BERTScore was not computed: {error}. With a connection `hf download {hub.full_name(ckpt)}` gets its encoder; "
-                         "--bertscore FOLDER names one")
+            how = f"`hf download {hub.full_name(ckpt)}` gets it with a connection; " if isinstance(error, hub.Unreachable) else ""
+            notes.append(f"BERTScore was not computed: {error}. {how}--bertscore CKPT names another encoder")
             return {}
         with tqdm(total=2 * len(a.rows), unit="text", desc=f"BERTScore {a.name}", mininterval=1) as bar:
             scores = scorer.score([row["answer"] for row in a.rows], [row["reference"] for row in a.rows], progress=bar)[2]
         f1[a.name] = scores.tolist()
-        checkpoint.write_json(kept, {"f1": f1[a.name]})
+        checkpoint.write_json(kept, {"encoder": hub.full_name(ckpt), "f1": f1[a.name]})
         if scorer.cut:
             notes.append(f"BERTScore of {a.name}: {scorer.cut:,} texts were cut to {scorer.model.config.context} pieces")
     return f1
 
 
 def print_findings(found, answers, shown):
-    by_turns = sorted(found["rows"], key=lambda row: -(row["p_critical"] or 0))[:shown]
-    for row in by_turns:
+    for row in sorted(found["rows"], key=lambda row: -(row["p_critical"] or 0))[:shown]:
         print(f"\n[{row['severity'] or 'severity unknown'}] {row['complaint']}\n  reference: {row['reference']}")
         for a in answers:
             print(f"  {a.name}: {row['answers'][a.name] or '(empty)'}")
@@ -179,7 +182,7 @@ def print_findings(found, answers, shown):
     text = terminal.table(["model", "rows of", "n", *columns], rows)
     print(f"\n{text}\n\nNLL: in nats per token of response and end of text. 95% intervals, specialties and pictures are in the report.")
     for entry in found["comparisons"]:
-        if entry["group"] == "all" or (entry["p_holm"] or 1) < 0.05:
+        if entry["group"] == "all" or entry["p_holm"] is not None and entry["p_holm"] < 0.05:
             print(f"  {entry['sentence']}")
     for note in found["notes"]:
         print(f"  {note}")
@@ -194,32 +197,38 @@ def _number(value):
 def main():
     args = parse_arguments()
     names = args.runs or [newest_run()]
-    places = [str(Path(name).resolve()) if Path(name).exists() else name for name in names]
+    places = [Path(name).resolve() if Path(name).exists() else name for name in names]
     if twice := [name for name, place in zip(names, places) if places.count(place) > 1]:
-        raise InputError(f"{twice[0]} is given twice")
-    models = [name for name in names if not Path(name).is_file()]
+        raise InputError(f"{twice[-1]} is given twice")
+    answers = {name: evaluation.load_answers(name) for name in names if Path(name).is_file()}
+    models = [name for name in names if name not in answers]
     for name in models:
         hub.local_folder(name)  # refuses what cannot be loaded before any work is done
     out = Path(args.out or (Path(names[0]) if Path(names[0]).is_dir() else Path("runs")) / "evaluation")
+    planned = []
     if models:
         trained = next((facts for facts in map(evaluation.run_facts, models) if "table" in facts), {})
         table, columns = args.data or trained.get("table", data.SAMPLE), data.parse_columns(args.columns)
-        pairs = test_rows(table, columns if args.data else trained.get("columns", columns), args.rows)
+        pairs = test_rows(table, columns if args.data else trained.get("columns", {}) | columns, args.rows)
         counts = [sum(class_of(p) == i for p in pairs) for i in range(3)]
         print(f"{len(pairs):,} test rows: " + ", ".join(f"{count:,} {name}" for count, name in zip(counts, CLASSES)))
         protocol = {"table": Path(table).name, "rows": len(pairs), "fingerprint": data.fingerprint(pairs)}
         protocol |= {key: getattr(args, key) for key in ("recipe", "max_new_tokens", "max_length", "temperature", "top_p", "seed")}
-    answers = [evaluation.load_answers(answer_rows(name, pairs, args, protocol, out) if name in models else name) for name in names]
+        planned = [evaluation.Answers(models[0], protocol, [], out)]
+    evaluation.check_same([*answers.values(), *planned])  # before hours of answering
+    for name in models:
+        answers[name] = evaluation.load_answers(answer_rows(name, pairs, args, protocol, out))
+        answers[name].name, answers[name].run = name, evaluation.run_facts(name)  # not as typed then, maybe in another folder
+    answers = [answers[name] for name in names]
     for a in answers:  # files that were brought from elsewhere may bear the same name
         a.name = str(a.path) if [b.name for b in answers].count(a.name) > 1 else a.name
-    evaluation.check_same(answers)
 
     notes = []
     found = evaluation.evaluate(answers, bert_scores(answers, args, notes), notes)
     text = print_findings(found, answers, args.answers)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_lines(out / "table.txt", [text])
-    checkpoint.write_json(out / "evaluation.json", {key: value for key, value in found.items() if key != "rows"})
+    checkpoint.write_json(out / "evaluation.json", without_nan({key: value for key, value in found.items() if key != "rows"}))
     write_evaluation(out, found)
     print(f"wrote {out / 'report.html'}, report.md and what they are made of")
 

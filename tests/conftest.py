@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from random import Random
@@ -38,6 +39,26 @@ def edited(tmp_path):
             save_file(tensors(load_file(folder / "model.safetensors")), folder / "model.safetensors")
         return folder
     return edit
+
+
+# ------------------------------------------------------------------ scripts
+
+def call(script, *arguments):
+    """main() of a script in this process: importing torch anew takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        script.main()
+
+
+def refusal(script, *arguments):
+    """A script refuses: exit code 2, after one line."""
+    with pytest.raises(SystemExit) as left:
+        call(script, *arguments)
+    assert left.value.code == 2
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # ------------------------------------------------------------------ tables

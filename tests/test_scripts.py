@@ -12,27 +12,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import call, lines, refusal
 
 import evaluate
 import finetune
 import train_classifier
-from sevloss import checkpoint, data, device, evaluation, hub, metrics, severity
+from sevloss import checkpoint, data, device, evaluation, metrics
 from sevloss.models import eos_ids, load_model, load_tokenizer, save_model
 
 ROOT = Path(__file__).parent.parent
 METRICS = ["step", "loss", "lr", "grad_norm", "examples", "tokens", "supervised_tokens", "seconds"]
 BOTH = ("complaint", "response")
-
-
-def call(script, *arguments):
-    """main() of a script in this process: importing torch anew takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-        script.main()
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def without_seconds(run):
@@ -331,14 +321,6 @@ def test_resume_on_other_numbers(folder, table, base):
     assert len(losses(out)) == 3
 
 
-def refusal(script, *arguments):
-    """The one line with which a script refuses."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
-        patch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
-        script.main()
-    assert left.value.code == 2
-
-
 def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, base, tmp_path, write_table, rows, capsys):
     run = tmp_path / "run"
     arguments = ["--data", table, "--max-steps", 21, "--save-every", 4, "--batch-size", 20, "--resume", "--out", run]
@@ -478,53 +460,7 @@ def test_lora_refusals(arguments, message, capsys):
     assert left.value.code == 2 and message in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------ evaluate.py
-
-def test_evaluation(base, table, folder, capsys):
-    """Two side by side, on the test rows alone; NLL and perplexity from sums over all tokens; all can be read back."""
-    out = folder / "compared"
-    call(evaluate, base, base / "best", "--out", out, "--max-new-tokens", 6, "--dtype", "fp32")
-    test = data.split_pairs(data.read_pairs(table, needed=BOTH))["test"]
-    found, names = hub.read_json(out / "evaluation.json"), [str(base), str(base / "best")]
-    answers = [evaluation.load_answers(path) for path in sorted((base / "evaluation").glob("answers-*.jsonl"))
-               if evaluation.read_answers(path)[0]["protocol"]["max_new_tokens"] == 6][0]
-    assert [row["row"] for row in answers.rows] == [p.row for p in test]
-
-    model, tokenizer = load_model(base), load_tokenizer(base)
-    examples = data.encode_pairs(test, tokenizer, max_length=512, eos_id=eos_ids(model)[0], preprocess="arabert")
-    for i, row in enumerate(answers.rows):  # one document at a time, by cross_entropy
-        ids, first = torch.from_numpy(examples.ids[examples.starts[i]:examples.starts[i + 1]]).long(), examples.first_target[i]
-        logits = model(ids[:-1], [len(ids) - 1])[first - 1:] @ model.head_weight.T
-        assert row["nll"] == pytest.approx(F.cross_entropy(logits, ids[first:], reduction="sum").item(), rel=1e-4)
-        assert row["tokens"] == len(ids) - first
-    nll = sum(row["nll"] for row in answers.rows) / sum(row["tokens"] for row in answers.rows)
-    means = {(m["setting"], m["group"], m["score"]): m["mean"] for m in found["means"]}
-    assert means[names[0], "all", "NLL"] == pytest.approx(nll) and means[names[0], "all", "perplexity"] == pytest.approx(math.exp(nll))
-    assert list(found["groups"])[:5] == ["all", *severity.CLASSES, "by p(critical)"]
-
-    text = (out / "table.txt").read_text()
-    assert f"{nll:.4f}" in text and text.splitlines()[0] in capsys.readouterr().out
-    assert [(s["run"], s["row"]) for s in lines(out / "scores.jsonl") if s["run"] == names[0]] == [(names[0], p.row) for p in test]
-    assert len(lines(out / "generations.jsonl")) == len(test) and (out / "report.html").stat().st_size > 10_000
-
-
-def test_evaluation_goes_on_where_it_stopped(base, folder, monkeypatch):
-    """A file that was cut off in the middle of a line is completed, to what it would have been; what is there is not answered again."""
-    monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 4)
-    call(evaluate, base, "--out", folder / "stopped", "--max-new-tokens", 5, "--dtype", "fp32")
-    path = next(p for p in (base / "evaluation").glob("answers-*.jsonl")
-                if evaluation.read_answers(p)[0]["protocol"]["max_new_tokens"] == 5)
-    whole, asked = path.read_text(encoding="utf-8"), []
-    eighth = "".join(whole.splitlines(keepends=True)[:8]).encode()
-    path.write_bytes(eighth[:max(i for i, byte in enumerate(eighth) if byte in (0xD8, 0xD9)) + 1])  # half an Arabic letter
-    generate = evaluate.generate
-    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **more: asked.extend(prompts) or generate(model, prompts, **more))
-    call(evaluate, base, "--out", folder / "stopped", "--max-new-tokens", 5, "--dtype", "fp32")
-    assert sorted(path.read_text(encoding="utf-8").splitlines()) == sorted(whole.splitlines())
-    assert len(asked) == len(whole.splitlines()) - 7
-    call(evaluate, base, "--out", folder / "stopped", "--max-new-tokens", 5, "--dtype", "fp32")
-    assert len(asked) == len(whole.splitlines()) - 7
-
+# ------------------------------------------------------------------ records
 
 def test_answers_with_unicode_line_separators(tmp_path):
     """They end a line for Python's splitlines, not in JSON."""
@@ -535,78 +471,6 @@ def test_answers_with_unicode_line_separators(tmp_path):
     assert evaluation.load_answers(path).rows[0]["answer"] == "نعم\u2028لا\u0085"
     checkpoint.keep_lines(path, 2)
     assert len(evaluation.load_answers(path).rows) == 1
-
-
-def test_evaluations_that_cannot_be_compared(base, folder, capsys):
-    """Other decoding; the same run twice; an answers file that is not finished."""
-    for tokens in (3, 4):
-        call(evaluate, base, "--out", folder / "other", "--max-new-tokens", tokens, "--dtype", "fp32")
-    files = [next(p for p in (base / "evaluation").glob("answers-*.jsonl")
-                  if evaluation.read_answers(p)[0]["protocol"]["max_new_tokens"] == tokens) for tokens in (3, 4)]
-    broken = folder / "broken.jsonl"
-    broken.write_text("".join(files[0].read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
-    for runs, message in ((files, "evaluated with different max_new_tokens: 3 and 4"), ([base, f"{base}/../{base.name}"], "is given twice"),
-                          ([broken], "is not finished")):
-        with pytest.raises(SystemExit) as left:
-            call(evaluate, *runs)
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert left.value.code == 2 and error.startswith("error: ") and message in error
-
-
-def test_without_a_scorer_the_rest_is_computed(base, folder, capsys):
-    call(evaluate, base, "--out", folder / "scorer", "--max-new-tokens", 3, "--dtype", "fp32", "--bertscore", folder / "nothing")
-    assert "BERTScore was not computed" in capsys.readouterr().out
-    scores = {m["score"] for m in hub.read_json(folder / "scorer" / "evaluation.json")["means"]}
-    assert {"NLL", "perplexity", "chrF", "ROUGE-L", "urgent"} <= scores and "BERTScore F1" not in scores
-
-
-def test_bertscore_and_the_papers_table(base, folder, golden):
-    call(evaluate, base, "--out", folder / "scored", "--max-new-tokens", 3, "--dtype", "fp32", "--bertscore", golden / "bertscore",
-         "--bertscore-layer", 1)
-    found = hub.read_json(folder / "scored" / "evaluation.json")
-    f1 = next(m["mean"] for m in found["means"] if m["score"] == "BERTScore F1" and m["group"] == "all")
-    header, rows = found["paper_table"]
-    assert rows == [["tiny", *("" if column != "balanced" else f"{100 * f1:.2f}" for column in header[1:])]]
-
-
-def test_seeds_of_one_setting(tmp_path):
-    """Runs that differ in the seed alone are one setting; a run and its best/ are two."""
-    for name, weighting, seed in (("a-0", "none", 0), ("a-1", "none", 1), ("b-0", "balanced", 0)):
-        checkpoint.write_run_json(tmp_path / name, "finetune.py", {"weighting": weighting, "seed": seed, "out": name}, data_fingerprint="x")
-    runs = [str(tmp_path / name) for name in ("a-0", "a-1", "b-0")]
-    assert evaluation.settings_of(runs) == {str(tmp_path / "a"): runs[:2], runs[2]: runs[2:]}
-    (tmp_path / "a-0" / "best").mkdir()
-    both = [runs[0], str(tmp_path / "a-0" / "best")]
-    assert evaluation.settings_of(both) == {name: [name] for name in both}
-
-
-def test_recipe_paper_decodes_without_the_heading(base, folder, monkeypatch):
-    """Its prompt ends before "الاجابة:", and what the model says before that word is cut off."""
-    asked = []
-    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **options: asked.append((prompts, options)) or [
-        tokenizer.encode("كلام\n\nالاجابة:\nراجع الطبيب").ids for _ in prompts])
-    tokenizer = load_tokenizer(base)
-    call(evaluate, base, "--out", folder / "paper", "--recipe", "paper", "--dtype", "fp32")
-    assert all(answer == "راجع الطبيب" for line in lines(folder / "paper" / "generations.jsonl") for answer in line["answers"].values())
-    prompts, options = asked[0]
-    assert options["temperature"] == 0.7 and options["max_new_tokens"] == 50
-    assert not any("الاجابة" in tokenizer.decode(prompt) for prompt in prompts)
-
-
-def test_answers_are_the_models_own(base, table, folder):
-    """Greedy, from the prompt that it was trained with, with AraBERT's spaces undone."""
-    call(evaluate, base, "--out", folder / "answers", "--max-new-tokens", 8, "--dtype", "fp32")
-    model, tokenizer = load_model(base), load_tokenizer(base)
-    for answer in lines(folder / "answers" / "generations.jsonl"):
-        prompt = torch.tensor(tokenizer.encode(data.PROMPT.format(complaint=data.prepare(answer["complaint"], "arabert"))).ids)
-        ids = prompt
-        while len(ids) < len(prompt) + 8:
-            token = (model(ids, [len(ids)])[-1] @ model.head_weight.T).argmax()
-            if token in eos_ids(model):
-                break
-            ids = torch.cat([ids, token[None]])
-        text = tokenizer.decode(ids[len(prompt):].tolist())
-        assert answer["answers"][str(base)] == evaluate.arabic.unpreprocess(text.strip()) and text.strip()
 
 
 # ------------------------------------------------------------------ refusals
@@ -697,15 +561,3 @@ def test_annotation_does_not_train_by_itself(table, tmp_path, capsys):
     """A run that was stopped, or a plain encoder, must not be replaced by a model of the embedded sample."""
     refusal(train_classifier, "--ckpt", tmp_path, "--annotate", table, "--to", tmp_path / "new.jsonl")
     assert "is no finished run" in capsys.readouterr().err
-
-
-def test_evaluation_finds_table_and_run(base, folder, tmp_path, monkeypatch):
-    """best/ is scored on the rows of its run; without arguments the newest run is taken, whatever its name."""
-    facts = evaluation.run_facts(base)
-    assert facts["script"] == "finetune.py" and evaluation.run_facts(base / "best") == facts
-    for name, script in (("runs/balanced", "finetune.py"), ("runs/finetune-001", "finetune.py"), ("runs/severity", "train_classifier.py")):
-        checkpoint.write_run_json(tmp_path / name, script, {})
-    for age, name in enumerate(("runs/severity", "runs/balanced", "runs/finetune-001")):
-        os.utime(tmp_path / name / "run.json", (1e9 - age, 1e9 - age))
-    monkeypatch.chdir(tmp_path)
-    assert evaluate.newest_run() == "runs/balanced"
