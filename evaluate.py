@@ -7,7 +7,6 @@
 """
 
 import argparse
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from sevloss import InputError, arabic, check_positive, checkpoint, command, data, device, evaluation, hub, metrics, terminal
 from sevloss.bertscore import Scorer
-from sevloss.evaluation_report import without_nan, write_evaluation
+from sevloss.evaluation_report import write_evaluation
 from sevloss.generate import generate
 from sevloss.models import eos_ids, load_model, load_tokenizer
 from sevloss.severity import CLASSES
@@ -66,10 +65,9 @@ def newest_run():
 def test_rows(table, columns, most):
     """The test rows, a fixed choice of them where there are more than `most`, in the table's order."""
     pairs = data.split_pairs(data.read_pairs(table, needed=("complaint", "response"), columns=columns))["test"]
-    pairs = sorted(pairs, key=lambda p: data.fraction(p.complaint, "order"))[:most]
     if not pairs:
         raise InputError(f"{table}: none of its complaints falls into the test split")
-    return sorted(pairs, key=lambda p: p.row)
+    return sorted(data.some_of(pairs, most), key=lambda p: p.row)
 
 
 def class_of(pair):
@@ -83,10 +81,8 @@ def answer_rows(name, pairs, args, protocol, out):
     """Answers every complaint and scores every reference; returns the answers file. It is written as rows are done, the longest prompts
     first; the same call goes on where it was stopped, and what is complete is not done again."""
     run = evaluation.run_facts(name)
-    weights = hub.find_file(name, ("adapter_model.safetensors", "adapter_model.bin", *hub.WEIGHTS)).stat()
-    made_from = (protocol, [(pair.row, pair.specialty) for pair in pairs], args.dtype, weights.st_size, weights.st_mtime_ns,
-                 "" if run else hub.full_name(name))
-    digest = hashlib.blake2b(repr(made_from).encode(), digest_size=5).hexdigest()
+    weights = data.file_fingerprint(hub.find_file(name, (*hub.ADAPTERS, *hub.WEIGHTS)))
+    digest = data.digest(protocol, [(pair.row, pair.specialty) for pair in pairs], args.dtype, weights, "" if run else hub.full_name(name))
     path = Path(name) / "evaluation" / f"answers-{digest}.jsonl" if run else out / f"answers-{Path(name).name}-{digest}.jsonl"
     head, records = evaluation.read_answers(path)
     done = {record["row"] for record in records}
@@ -228,7 +224,7 @@ def main():
     text = print_findings(found, answers, args.answers)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_lines(out / "table.txt", [text])
-    checkpoint.write_json(out / "evaluation.json", without_nan({key: value for key, value in found.items() if key != "rows"}))
+    checkpoint.write_json(out / "evaluation.json", {key: value for key, value in found.items() if key != "rows"})
     write_evaluation(out, found)
     print(f"wrote {out / 'report.html'}, report.md and what they are made of")
 

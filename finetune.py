@@ -126,7 +126,7 @@ def main():
         texts = [data.prepare(t, preprocess) for p in pairs[0] for t in (data.PROMPT.format(complaint=p.complaint), p.response)]
         model, tokenizer = tiny_gpt2(texts)
     else:
-        annotate.fingerprint(table)  # refuses a table that is not there, before a large model is loaded
+        data.file_fingerprint(table)  # refuses a table that is not there, before a large model is loaded
         # a frozen base in the dtype it is computed in: autocast would cast it anew at every use
         model = load_model(args.ckpt, dtype=compute.dtype if args.lora else torch.float32)
         tokenizer = load_tokenizer(args.ckpt)

@@ -197,7 +197,7 @@ def main():
     args = parse_arguments()
     if args.annotate:  # what would fail should fail before hours of training
         annotate.check_target(args.to)
-        annotate.fingerprint(args.annotate)
+        data.file_fingerprint(args.annotate)
     annotate_only = bool(args.annotate) and not args.data
     if annotate_only and not (Path(args.ckpt) / "classifier.json").is_file():
         raise InputError(f"{args.ckpt} is no finished run of this script, so it cannot annotate: give one, or --data to train one first")

@@ -35,8 +35,7 @@ def write_shuffled(table, to):
     for pair, p in zip(train, probabilities):
         pair.probabilities = p
     with open(to, "w", encoding="utf-8") as file:
-        for pair in pairs:
-            write_rows(file, ".jsonl", [pair], torch.tensor([pair.probabilities], dtype=torch.float64), header=False)
+        write_rows(file, ".jsonl", pairs, torch.tensor([pair.probabilities for pair in pairs], dtype=torch.float64), header=False)
 
 
 def call(*arguments):

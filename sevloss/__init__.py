@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import sys
+from pathlib import Path
 
 # Every ragged batch has shapes of its own, and oneDNN keeps what it prepared for each of the last 1,024: hundreds of megabytes. A step
 # needs about 150, each of them in every block.
@@ -21,6 +22,14 @@ def check_positive(args, *names, or_zero=()):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in or_zero))):
             raise InputError(f"--{name.replace('_', '-')} must be {'at least 0' if name in or_zero else 'positive'}, not {value}")
+
+
+def write_atomically(path, write):
+    """write(temporary path), then a rename: the file is the old one or the new one, never half of it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
 
 
 def command(main):

@@ -1,7 +1,6 @@
 """The trained classifier at work: severity probabilities for complaints, and for whole tables."""
 
 import csv
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -37,9 +36,7 @@ def class_logits(model, id_lists, compute, *, most_tokens=8192, progress=None):
 
 def encode_complaints(tokenizer, complaints, *, preprocess, max_length):
     """Id lists with the tokenizer's [CLS] and [SEP], and how many were cut: a text that is too long loses its end, not its [SEP]."""
-    ids = data.encode(tokenizer, [data.prepare(c, preprocess) for c in complaints], special=True)
-    cut = sum(len(i) > max_length for i in ids)
-    return [i if len(i) <= max_length else i[:max_length - 1] + i[-1:] for i in ids], cut
+    return data.encode_and_cut(tokenizer, [data.prepare(c, preprocess) for c in complaints], max_length)
 
 
 @dataclass
@@ -106,7 +103,8 @@ def annotate_table(classifier, table, to, columns, compute):
     check_target(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     partial, journal = Path(f"{to}.partial"), Path(f"{to}.partial.json")
-    work = {"table": fingerprint(table), "classifier": fingerprint(classifier.run / "classifier.json"), "columns": columns}
+    work = {"table": data.file_fingerprint(table), "columns": columns,
+            "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
     before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
     fresh = {"work": work, "rows": 0, "bytes": 0, "cut": 0, "seen": 0, "labelled": 0}
     state = fresh | before if before.get("work") == work else fresh
@@ -148,7 +146,7 @@ def annotate_table(classifier, table, to, columns, compute):
 def annotated(classifier_run, table, columns, compute):
     """Path of the annotated table, made on the first call and kept in the classifier's run folder for the next ones."""
     classifier = Classifier.load(classifier_run, compute)
-    name = hashlib.blake2b(repr((fingerprint(table), columns)).encode(), digest_size=6).hexdigest()
+    name = data.digest(data.file_fingerprint(table), columns)
     to = Path(classifier_run) / "annotated" / f"{Path(table).stem}-{name}.jsonl"
     if to.exists():
         print(f"severity of {table} is known: {to}")
@@ -172,11 +170,3 @@ def write_rows(file, suffix, pairs, probabilities, *, header):
     if header:
         writer.writeheader()
     writer.writerows(rows)
-
-
-def fingerprint(path):
-    """Changes when the file does: name, size and time of change."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    status = os.stat(path)
-    return [Path(path).name, status.st_size, status.st_mtime_ns]

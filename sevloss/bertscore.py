@@ -95,16 +95,12 @@ class Scorer:
         return precision, recall, (2 * precision * recall / (precision + recall)).nan_to_num(0.0)
 
     def _encode(self, texts):
-        """{text: piece ids}. A text that is too long loses its end, not its [SEP]."""
+        """{text: piece ids}"""
         most = self.model.config.context
-        ids = dict(zip(texts, data.encode(self.tokenizer, texts, special=True)))
-        too_long = [text for text in texts if len(ids[text]) > most]
-        for text in too_long:
-            ids[text] = ids[text][:most - 1] + ids[text][-1:]
-        self.cut = len(too_long)
+        ids, self.cut = data.encode_and_cut(self.tokenizer, texts, most)
         if self.cut:
             print(f"  BERTScore: {self.cut:,} of {len(texts):,} different texts were cut to {most} pieces")
-        return ids
+        return dict(zip(texts, ids))
 
     def _piece_weights(self, references):
         """(V,) what each piece weighs in a mean: 1, [CLS] and [SEP] 0; or the idf over `references`, a list of id lists."""

@@ -1,14 +1,13 @@
 """Training state and run folders: numbered, never overwritten by accident; state and records never stand there half written."""
 
 import json
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from sevloss import InputError, hub
+from sevloss import InputError, hub, write_atomically
 from sevloss.models import save_model
 
 
@@ -26,14 +25,6 @@ def new_run(out, kind, resume):
         or_resume = ", or --resume to go on with it" if kind == "finetune" else ""
         raise InputError(f"{out} exists and is not empty: give another --out{or_resume}")
     return out
-
-
-def write_atomically(path, write):
-    """write(temporary path), then a rename: the file is the old one or the new one, never half of it."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def write_json(path, value):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from python_calamine import CalamineError, CalamineWorkbook
 
-from sevloss import InputError, arabic
+from sevloss import InputError, arabic, write_atomically
 
 PROMPT = "\n{complaint}\n\nالاجابة:\n"
 SAMPLE = os.path.relpath(Path(__file__).resolve().parent.parent / "data" / "sample.jsonl")
@@ -335,12 +335,30 @@ def split_pairs(pairs):
     return sides
 
 
+def some_of(pairs, most):
+    """At most `most` of the pairs, the same ones wherever they are chosen, in an order of their own."""
+    return sorted(pairs, key=lambda p: fraction(p.complaint, "order"))[:most]
+
+
 def fingerprint(pairs):
     """Changes when any text, label or probability that training reads does."""
     digest = hashlib.blake2b(digest_size=8)
     for pair in pairs:
         digest.update(repr((pair.complaint, pair.response, pair.severity, pair.probabilities)).encode())
     return digest.hexdigest()
+
+
+def file_fingerprint(path):
+    """Changes when the file does: name, size and time of change."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    status = os.stat(path)
+    return [Path(path).name, status.st_size, status.st_mtime_ns]
+
+
+def digest(*parts):
+    """A short name of what something was made from."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
 
 # --- token ids ------------------------------------------------------------------------------------------------------------
@@ -368,6 +386,13 @@ def encode(tokenizer, texts, *, special):
     for start in range(0, len(texts), 1024):
         ids += [e.ids for e in tokenizer.encode_batch_fast(texts[start:start + 1024], add_special_tokens=special)]
     return ids
+
+
+def encode_and_cut(tokenizer, texts, max_length):
+    """(id lists with the tokenizer's [CLS] and [SEP], how many were cut): a text that is too long loses its end, not its [SEP]."""
+    ids = encode(tokenizer, texts, special=True)
+    cut = sum(len(i) > max_length for i in ids)
+    return [i if len(i) <= max_length else i[:max_length - 1] + i[-1:] for i in ids], cut
 
 
 def encode_prompts(tokenizer, complaints, limit, prompt=PROMPT):
@@ -458,7 +483,7 @@ def training_pairs(table, *, needed, columns, train_rows, validation_rows):
     table; number of test rows)"""
     pairs = read_pairs(table, needed=needed, columns=columns)
     sides = split_pairs(pairs)
-    validation = sorted(sides["validation"], key=lambda p: fraction(p.complaint, "order"))[:validation_rows]
+    validation = some_of(sides["validation"], validation_rows)
     if not sides["train"] or not validation:
         raise InputError(f"{table} has too few complaints to train and validate on")
     return sides["train"][:train_rows], validation, fingerprint(pairs), len(sides["test"])
@@ -472,9 +497,8 @@ def prepared(train, validation, fingerprint, kept, tokenizer, encode, **encoding
 
 def remembered(folder, table, tokenizer, arguments, make):
     """make() -> Prepared; or what it gave before for the same table (name, size, time of change), tokenizer, arguments and code."""
-    status, code = os.stat(table), [Path(module).read_bytes() for module in (__file__, arabic.__file__)]
-    parts = Path(table).name, status.st_size, status.st_mtime_ns, tokenizer.to_str(), arguments, code
-    path = Path(folder) / f"{Path(table).stem}-{hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()}.npz"
+    code = [Path(module).read_bytes() for module in (__file__, arabic.__file__)]
+    path = Path(folder) / f"{Path(table).stem}-{digest(file_fingerprint(table), tokenizer.to_str(), arguments, code)}.npz"
     if path.is_file():
         print(f"{table} is encoded already: {path}")
         with np.load(path) as a:
@@ -482,11 +506,14 @@ def remembered(folder, table, tokenizer, arguments, make):
                             a["probabilities"], str(a["fingerprint"]), int(a["kept"]))
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp.npz")
-    np.savez(temporary, ids=made.examples.ids, starts=made.examples.starts, first=made.examples.first_target, held_ids=made.held_out.ids,
-             held_starts=made.held_out.starts, held_first=made.held_out.first_target, probabilities=made.probabilities,
-             fingerprint=made.fingerprint, kept=made.kept)
-    os.replace(temporary, path)
+    arrays = dict(ids=made.examples.ids, starts=made.examples.starts, first=made.examples.first_target, held_ids=made.held_out.ids,
+                  held_starts=made.held_out.starts, held_first=made.held_out.first_target, probabilities=made.probabilities,
+                  fingerprint=made.fingerprint, kept=made.kept)
+
+    def write(temporary):
+        with open(temporary, "wb") as file:  # given a name, numpy would put .npz behind it
+            np.savez(file, **arrays)
+    write_atomically(path, write)
     return made
 
 

@@ -114,7 +114,8 @@ def scores_of(answers, bertscore=None):
 
 
 def evaluate(answers, bertscores, notes):
-    """Everything the report tells, as a dict. answers: [Answers], all of the same rows; bertscores: {name: (n,) F1}, maybe empty."""
+    """Everything the report tells, as a dict that JSON can hold. answers: [Answers], all of the same rows; bertscores: {name: (n,) F1},
+    maybe empty."""
     rows, names = answers[0].rows, [a.name for a in answers]
     settings = settings_of(answers)
     scores = {a.name: scores_of(a, bertscores.get(a.name)) for a in answers}
@@ -126,48 +127,42 @@ def evaluate(answers, bertscores, notes):
     groups |= {f"specialty: {s}": np.array([float(row["specialty"] == s) for row in rows]) for s in specialties}
     weights = np.stack(list(groups.values()), axis=1)  # (n, g)
 
-    def values(setting):  # (seeds, n, k)
-        return np.stack([np.stack([score.values for score in scores[run]], axis=1) for run in settings[setting]])
-
-    def counts(setting):  # (n, k)
-        return np.stack([score.counts for score in scores[settings[setting][0]]], axis=1)
+    values = {setting: np.stack([np.stack([score.values for score in scores[run]], axis=1) for run in runs])
+              for setting, runs in settings.items()}  # each (seeds, n, k)
+    counts = {setting: np.stack([score.counts for score in scores[runs[0]]], axis=1) for setting, runs in settings.items()}  # each (n, k)
 
     means, comparisons = [], []
     if len(settings) > 1 and not compared:
         notes.append(f"Differences are not tested: there are fewer than {compare.FEWEST_ROWS} rows")
     for setting, runs in settings.items():
-        mean, low, high = compare.bootstrap_mean(values(setting).mean(0), counts(setting), weights)  # (g, k)
-        each = np.array([[[score.mean(w) for score in scores[run]] for w in groups.values()] for run in runs])  # (seeds, g, k)
+        mean, low, high = compare.bootstrap_mean(values[setting].mean(0), counts[setting], weights)  # (g, k)
+        each = np.array([[list(of.values()) for of in metrics.summary(scores[run], groups).values()] for run in runs])  # (seeds, g, k)
         _, spread = compare.seed_spread(each)
         for g, group in enumerate(groups):
             for k, score in enumerate(known):
-                entry = dict(setting=setting, score=score, group=group, mean=mean[g, k], low=low[g, k], high=high[g, k],
-                             sd_seeds=np.broadcast_to(spread, mean.shape)[g, k])
-                means.append({key: _plain(value) for key, value in entry.items()})
+                numbers = dict(mean=mean[g, k], low=low[g, k], high=high[g, k])
+                means.append(dict(setting=setting, score=score, group=group, **numbers, sd_seeds=spread[g, k]))
                 if score == "NLL":
-                    means.append({key: math.exp(min(value, 700)) if isinstance(value, float) else value
-                                  for key, value in means[-1].items()} | {"score": "perplexity", "sd_seeds": None})
+                    numbers = {key: metrics.perplexity(nll) for key, nll in numbers.items()}
+                    means.append(dict(setting=setting, score="perplexity", group=group, **numbers, sd_seeds=None))
 
     family = math.comb(len(settings), 2) * len(compared) * len(known)
     resamples = max(10_000, 100 * family)  # the least p-value is 2 / resamples, and Holm multiplies it by the size of the family
     for a, b in combinations(settings, 2) if compared else ():
-        same_tokens = np.array_equal(counts(a), counts(b))
+        same_tokens = np.array_equal(counts[a], counts[b])
         if not same_tokens:
             notes.append(f"NLL of {a} and {b} is not compared: the references are not the same number of tokens for both")
-        comparison = compare.compare_settings(values(a), values(b), counts(a), weights[:, compared], resamples=resamples)  # each (g, k)
+        comparison = compare.compare_settings(values[a], values[b], counts[a], weights[:, compared], resamples=resamples)  # each (g, k)
         for g, group in enumerate(list(groups)[i] for i in compared):
             for k, score in enumerate(known):
                 if score != "NLL" or same_tokens:
-                    entry = {key: _plain(getattr(comparison, key)[g, k]) for key in comparison._fields}
-                    comparisons.append({"a": a, "b": b, "score": score, "group": group, **entry})
-    adjusted = compare.holm([math.nan if c["p"] is None else c["p"] for c in comparisons])
-    for entry, p in zip(comparisons, adjusted):
-        numbers = [math.nan if entry[key] is None else entry[key] for key in ("difference", "low", "high")]
-        entry |= {"p_holm": _plain(p), "sentence": compare.sentence(entry["a"], entry["b"], entry["score"], numbers[0], numbers[1:], p,
-                                                                    group=entry["group"])}
+                    numbers = {key: of_all[g, k] for key, of_all in comparison._asdict().items()}
+                    comparisons.append({"a": a, "b": b, "score": score, "group": group, **numbers})
+    for c, p in zip(comparisons, compare.holm([c["p"] for c in comparisons])):
+        c |= {"p_holm": p, "sentence": compare.sentence(c["a"], c["b"], c["score"], c["difference"], (c["low"], c["high"]), p, c["group"])}
 
     columns = {name: {score.name: score.values / np.maximum(score.counts, 1) for score in scores[name]} for name in names}
-    return {
+    return without_nan({
         "protocol": answers[0].protocol, "settings": [{"name": name, "runs": runs} for name, runs in settings.items()],
         "groups": {name: int((w > 0).sum()) for name, w in groups.items()},
         "score_names": {name: name for name in [known[0], "perplexity", *known[1:]]},
@@ -179,7 +174,7 @@ def evaluate(answers, bertscores, notes):
                   "scores": {name: {score: float(v[i]) for score, v in columns[name].items()} for name in names}}
                  for i, (row, p) in enumerate(zip(rows, probabilities))],
         "runs": {a.name: run_records(a, probabilities) for a in answers},
-    }
+    })
 
 
 def paper_table(settings, means, runs):
@@ -194,7 +189,7 @@ def paper_table(settings, means, runs):
             first = settings[setting][0]
             arguments = runs[first].get("arguments", {"ckpt": first, "weighting": "base"})
             row, column = arguments["ckpt"], columns.get(arguments["weighting"], arguments["weighting"])
-            spread = "" if entry["sd_seeds"] is None else f" ± {100 * entry['sd_seeds']:.2f}"
+            spread = "" if np.isnan(entry["sd_seeds"]) else f" ± {100 * entry['sd_seeds']:.2f}"
             cells[f"{row} ({setting})" if column in cells[row] else row][column] = f"{100 * entry['mean']:.2f}{spread}"
     if not cells:
         return None
@@ -213,6 +208,10 @@ def run_records(answers, probabilities):
     return {"metrics": steps, "validation": validation, "weights": weights}
 
 
-def _plain(value):
-    """A float, or None for nan: what JSON knows."""
-    return value if isinstance(value, str) else None if np.isnan(value) else float(value)
+def without_nan(value):
+    """`value` with None for every nan and infinity, which JSON does not have, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

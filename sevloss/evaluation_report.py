@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 import re
 import textwrap
 from html import escape
@@ -12,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sevloss.checkpoint import write_lines
+from sevloss.evaluation import without_nan
 from sevloss.report import markdown_table
 
 MAIN_SCORES = ("NLL", "BERTScore F1", "chrF", "urgent")  # the scores in pictures, by specialty, and by class without a fold
@@ -40,15 +40,6 @@ def write_evaluation(folder, evaluation):
     content = sections(evaluation, pictures)
     (folder / "report.md").write_text(markdown(content), encoding="utf-8")
     (folder / "report.html").write_text(page(content, folder), encoding="utf-8")
-
-
-def without_nan(value):
-    """`value` with None for every nan and infinity, which JSON does not have, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_nan(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- content: what both files show ----------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ SHORT_NAMES = {
     "bert-base-multilingual-cased": "google-bert/bert-base-multilingual-cased",
 }
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model")  # the last two are refused
 
 

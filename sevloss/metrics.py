@@ -39,7 +39,12 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
 def per_token(nll, tokens):
     """Sums over sums: {nll, perplexity} of the examples together; never a mean of means."""
     mean = float(nll.sum() / tokens.sum()) if len(tokens) else math.nan
-    return {"nll": mean, "perplexity": math.exp(min(mean, 700.0))}
+    return {"nll": mean, "perplexity": perplexity(mean)}
+
+
+def perplexity(nll):
+    """e to the NLL per token; finite for any finite one."""
+    return math.exp(min(nll, 700.0))
 
 
 # --- means ----------------------------------------------------------------------------------------------------------------

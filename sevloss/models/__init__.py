@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 
-from sevloss import InputError, hub
+from sevloss import InputError, hub, write_atomically
 from sevloss.models import lora
 from sevloss.models.bert import Bert
 from sevloss.models.bloom import Bloom
@@ -185,10 +185,8 @@ def save_model(model, tokenizer, folder):
         lora.save(model, folder)
     else:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        weights = folder / "model.safetensors.tmp"  # renamed when it is whole: a stop in between leaves the weights of before
-        save_file(state, weights, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", weights)  # safetensors lets nobody but the owner read
-        weights.replace(folder / "model.safetensors")
+        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody but the owner read
     tokenizer.save(str(folder / "tokenizer.json"))
 
     # Without this file transformers picks a class by model_type and, for GPT-2, loses the prefix space.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.layout import Documents
+from sevloss.models.layout import Documents, check_context
 
 
 @dataclass
@@ -140,8 +140,7 @@ class Bert(nn.Module):
         if not 0 <= layer <= self.config.num_hidden_layers:
             raise InputError(f"block {layer} does not exist: the encoder has {self.config.num_hidden_layers}")
         layout = Documents(lengths, tokens.device, causal=False)
-        if layout.longest > self.config.max_position_embeddings:
-            raise InputError(f"a text has {layout.longest} tokens, the model reads {self.config.context}: lower --max-length")
+        check_context(layout, self.config.context)
         h = self.bert["embeddings"](tokens, layout.positions)
         for i in range(layer):
             h = self.bert["encoder"]["layer"][i](h, layout, i)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.layout import Documents
+from sevloss.models.layout import Documents, check_context
 
 ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -156,8 +156,7 @@ class GPT2(nn.Module):
 
     def stream(self, tokens, layout):
         """The same for any layout: a `Cache` decodes."""
-        if layout.longest > self.config.n_positions:
-            raise InputError(f"a text has {layout.longest} tokens, the model reads {self.config.n_positions}: lower --max-length")
+        check_context(layout, self.config.context)
         parts = self.transformer
         h = self.dropout(parts["wte"](tokens) + parts["wpe"](layout.positions))  # (N, D)
         if "emb_norm" in parts:

@@ -13,6 +13,8 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
+from sevloss import InputError
+
 # Up to this length a CPU computes attention in 16 bits, or with dropout, by plain products when it is to learn: the backward pass of SDPA
 # takes two to six times as long there. Longer texts would keep too many scores.
 SPELLED_OUT = 256
@@ -190,6 +192,12 @@ class Cache:
         seen = torch.cat([self.inputs[layer], x[:, None]], dim=1)  # (B, K, D)
         self.inputs[layer] = seen[:, 1:]
         return (seen * weight.T).sum(1)
+
+
+def check_context(layout, context):
+    """InputError where a text is longer than the model reads."""
+    if layout.longest > context:
+        raise InputError(f"a text has {layout.longest} tokens, the model reads {context}: lower --max-length")
 
 
 def _added_mask(distance, slopes, window):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.layout import Documents
+from sevloss.models.layout import Documents, check_context
 from sevloss.models.llama import RMSNorm, rotary_angles, rotate
 
 
@@ -164,8 +164,7 @@ class Lfm2(nn.Module):
 
     def stream(self, tokens, layout):
         """The same for any layout: a `Cache` decodes."""
-        if layout.longest > self.config.context:
-            raise InputError(f"a text has {layout.longest} tokens, the model reads {self.config.context}: lower --max-length")
+        check_context(layout, self.config.context)
         angles = rotary_angles(self.config, layout.positions, self.config.hidden_size // self.config.num_attention_heads)
         h = self.model["embed_tokens"](tokens)  # (N, D)
         for block in self.blocks:

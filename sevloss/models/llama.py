@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.layout import Documents
+from sevloss.models.layout import Documents, check_context
 
 
 @dataclass
@@ -187,8 +187,7 @@ class Llama(nn.Module):
 
     def stream(self, tokens, layout):
         """The same for any layout: a `Cache` decodes."""
-        if layout.longest > self.config.context:
-            raise InputError(f"a text has {layout.longest} tokens, the model reads {self.config.context}: lower --max-length")
+        check_context(layout, self.config.context)
         angles = rotary_angles(self.config, layout.positions, self.blocks[0].self_attn.head_dim)
         h = self.model["embed_tokens"](tokens)  # (N, D)
         for block in self.blocks:

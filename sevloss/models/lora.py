@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sevloss import InputError, hub
+from sevloss import InputError, hub, write_atomically
 
 PREFIX = "base_model.model."  # of names in peft's files
 
@@ -74,9 +74,7 @@ def save(model, folder):
     """adapter_config.json and adapter_model.safetensors, as `peft` writes them."""
     tensors = {f"{PREFIX}{name}.{part}.weight": getattr(layer, part).weight.detach().cpu().contiguous()
                for name, layer in layers(model).items() for part in ("lora_A", "lora_B")}
-    weights = Path(folder) / "adapter_model.safetensors.tmp"  # renamed when it is whole
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.replace(Path(folder) / "adapter_model.safetensors")
+    write_atomically(Path(folder) / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     transposed = any(layer.transposed for layer in layers(model).values())
     (Path(folder) / "adapter_config.json").write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base, "bias": "none",
@@ -96,7 +94,7 @@ def load(model, folder):
     attach(model, config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0), targets=config["target_modules"])
     expected = {f"{PREFIX}{name}.{part}.weight": getattr(layer, part).weight for name, layer in layers(model).items()
                 for part in ("lora_A", "lora_B")}
-    stored = hub.open_tensors(hub.find_file(folder, ("adapter_model.safetensors", "adapter_model.bin")))
+    stored = hub.open_tensors(hub.find_file(folder, hub.ADAPTERS))
     if different := sorted(expected.keys() ^ stored.keys()):
         raise InputError(f"{folder}: the adapters do not fit the base {config.get('base_model_name_or_path')}: {different[0]} "
                          f"is {'missing' if different[0] in expected else 'surplus'}")
