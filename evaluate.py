@@ -113,15 +113,15 @@ def answer_rows(name, pairs, args, protocol, out):
     left.sort(key=lambda i: -len(prompts[i]))
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without the line that a stop cut off
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(pairs), initial=len(done), unit="row", desc=name, mininterval=1) as bar:
+    bar = tqdm(total=len(pairs), initial=len(done), unit="row", desc=name, mininterval=1)
+    with open(path, "a", encoding="utf-8") as file, bar, compute.autocast():  # around all rows: a weight is cast to 16 bits once
         if not head:
             file.write(json.dumps({"name": name, "run": run, "protocol": protocol}, ensure_ascii=False) + "\n")
         for start in range(0, len(left), ROWS_AT_ONCE):
             part = left[start:start + ROWS_AT_ONCE]
             nll = metrics.response_nll(model, examples, compute, indices=part)
-            with compute.autocast():
-                answers = generate(model, [prompts[i] for i in part], max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model),
-                                   temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+            answers = generate(model, [prompts[i] for i in part], max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model),
+                               temperature=args.temperature, top_p=args.top_p, seed=args.seed)
             for i, ids in zip(part, answers):
                 pair, text = pairs[i], tokenizer.decode(ids).rstrip("\ufffd").strip()  # half a character where it was cut off
                 if args.recipe == "paper":

@@ -160,7 +160,7 @@ def main():
     # Severity -> one weight per example; with the normalisation folded in it is the weight of each of its tokens
     weights = severity_weights(torch.from_numpy(ready.probabilities), coefficients)
     show_weights(weights, coefficients)
-    token_weights = (weights / torch.from_numpy(examples.targets) if args.normalise == "example" else weights).float().to(compute.device)
+    token_weights = weights.numpy() / (examples.targets if args.normalise == "example" else 1)
 
     # Optimizer; decay on matrices only
     matrices, vectors = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
@@ -184,25 +184,32 @@ def main():
     metrics_file = open(run / "metrics.jsonl", "a", encoding="utf-8")
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
 
-    # The loop
-    for step in range(progress["step"], steps):
-        model.train()
-        began = time.perf_counter()
+    def batches_of(step):
+        """(examples of the optimizer step, their micro-batches on the way to the device)"""
         epoch, position = divmod(step, steps_per_epoch)
         order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
         chosen = order[position * args.batch_size:(position + 1) * args.batch_size]
+        parts = data.micro_batches(examples.inputs, chosen, args.micro_tokens)
+        return chosen, [data.make_batch(examples, part, compute.device, token_weights) for part in parts]
+
+    # The loop
+    upcoming = batches_of(progress["step"])
+    for step in range(progress["step"], steps):
+        model.train()
+        began = time.perf_counter()
+        chosen, batches = upcoming
         supervised = int(examples.targets[chosen].sum())
         denominator = len(chosen) if args.normalise == "example" else supervised  # of the whole step, known before any forward pass
 
         total = torch.zeros((), device=compute.device)
-        for part in data.micro_batches(examples.inputs, chosen, args.micro_tokens):
-            batch = data.make_batch(examples, part, compute.device)
-            with compute.autocast():
+        with compute.autocast():  # around all micro-batches: inside, a weight is cast to 16 bits once
+            for batch in batches:
                 hidden = model(batch.tokens, batch.lengths)  # (N, D)
-                loss = linear_weighted_token_ce(hidden[batch.supervised], model.head_weight, batch.targets,
-                                                token_weights[part][batch.example], denominator=denominator)
-            scaler.scale(loss).backward()  # gradients add up over micro-batches
-            total += loss.detach()
+                loss = linear_weighted_token_ce(hidden[batch.supervised], model.head_weight, batch.targets, batch.weights,
+                                                denominator=denominator, ignore_index=None)
+                with torch.autocast(compute.device.type, enabled=False):
+                    scaler.scale(loss).backward()  # gradients add up over micro-batches
+                total += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, args.clip)
         lr = schedule.get_last_lr()[0]
@@ -211,6 +218,7 @@ def main():
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
 
+        upcoming = batches_of(step + 1)  # made while the device works: nothing has waited for it yet
         total, grad_norm = torch.stack([total, grad_norm]).tolist()  # the step's one transfer from the device
         if not math.isfinite(total):
             raise InputError(f"the loss is {total} at step {step + 1}: lower --lr, or --resume from the last save with --dtype fp32")

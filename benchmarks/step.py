@@ -5,8 +5,8 @@
 gpt2: GPT-2's base shape with 64,000 words, all of it trained; qwen-lora: the shape of Qwen2.5-0.5B, LoRA of rank 16 on q_proj and
 v_proj, the base in bf16. Weights are random, dropout is 0, pairs are real, matrix products run in bf16 (--dtype fp32: in fp32), AdamW is
 fused on both sides. The peer pads each batch to its longest row, or to --pad-to tokens as the published notebooks do. Each side is a
-process of its own, and they take turns step by step; the losses of the first step must agree. tuned: glibc keeps freed memory instead of
-returning it, on both sides.
+process of its own, and they take turns step by step; the losses of the first step must agree. sevloss tells glibc by itself to keep freed
+memory (device.keep_freed_memory); --allocator tuned tells both processes, by environment variables, so that the peer gains as much.
 """
 
 import argparse
@@ -39,6 +39,7 @@ SHAPES = {
                       num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32768, rope_theta=1e6,
                       tie_word_embeddings=True),
 }
+WARM_UP = 2  # steps that are not timed
 RANK, ALPHA, TARGETS = 16, 32.0, ["q_proj", "v_proj"]
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_TOP_PAD_": "268435456"}
 
@@ -85,19 +86,19 @@ class Ours:
             now = time.perf_counter()
             self.parts[part] += now - began
             began = now
-        for part in data.micro_batches(examples.inputs, chosen, 4096):
-            batch = data.make_batch(examples, part)
-            lap("data")
-            with self.compute.autocast():
+        with self.compute.autocast():
+            for part in data.micro_batches(examples.inputs, chosen, 4096):
+                batch = data.make_batch(examples, part, weights=weights.numpy() / examples.targets)
+                lap("data")
                 hidden = self.model(batch.tokens, batch.lengths)
                 lap("forward")
-                token_weights = (weights / torch.from_numpy(examples.targets)).float()[part][batch.example]
-                loss = linear_weighted_token_ce(hidden[batch.supervised], self.model.head_weight, batch.targets, token_weights,
-                                                denominator=len(chosen))
-            lap("head and loss")
-            loss.backward()
-            loss_of_step += loss.item()
-            lap("backward")
+                loss = linear_weighted_token_ce(hidden[batch.supervised], self.model.head_weight, batch.targets, batch.weights,
+                                                denominator=len(chosen), ignore_index=None)
+                lap("head and loss")
+                with torch.autocast("cpu", enabled=False):
+                    loss.backward()
+                loss_of_step += loss.item()
+                lap("backward")
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -118,7 +119,7 @@ class Peer:
         self.model = model.train()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
-        self.compute = device.choose("cpu", args.dtype)
+        self.dtype = device.DTYPES[args.dtype]
         self.parts = {}
 
     def step(self, examples, weights, chosen):
@@ -128,7 +129,7 @@ class Peer:
         mask = torch.stack([F.pad(torch.ones_like(row), (0, longest - len(row))) for row in rows])
         labels = torch.stack([F.pad(row, (0, longest - len(row)), value=-100) for row in rows])
         labels[torch.arange(longest) < torch.from_numpy(examples.first_target[chosen])[:, None]] = -100
-        with self.compute.autocast():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")  # (B, T - 1)
         loss = (nll.sum(1) * weights[chosen] / torch.from_numpy(examples.targets[chosen])).mean()
@@ -160,7 +161,7 @@ def main():
     parser.add_argument("--model", choices=SHAPES, default="gpt2")
     parser.add_argument("--data", default=data.SAMPLE)
     parser.add_argument("--examples", type=int, default=16, help="per step")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--pad-to", type=int, default=0, help="tokens; 0: to the longest row of the batch")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--allocator", choices=("default", "tuned"), default="default")
@@ -183,7 +184,7 @@ def main():
         results = {side: [] for side in sides}
         for process in sides.values():
             process.stdout.readline()
-        for step in range(args.steps + 1):
+        for step in range(WARM_UP + args.steps):
             for side, process in sides.items():
                 process.stdin.write(f"{step}\n")
                 process.stdin.flush()
@@ -195,16 +196,17 @@ def main():
     difference = abs(ours[0]["loss"] - theirs[0]["loss"]) / theirs[0]["loss"]
     if difference > (0.005 if args.dtype == "bf16" else 1e-5):
         sys.exit(f"the losses of the first step differ: {ours[0]['loss']:.5f} and {theirs[0]['loss']:.5f}")
-    ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours[1:], theirs[1:])]  # the first step warms up
+    timed = {side: [r["seconds"] for r in steps[WARM_UP:]] for side, steps in results.items()}
+    ratios = [b / a for a, b in zip(*timed.values())]
     print(f"{args.model}, {args.examples} examples a step of {statistics.mean(r['tokens'] for r in ours):,.0f} tokens, "
           f"peer padded to {args.pad_to or 'the longest'}, {args.dtype}, {torch.get_num_threads()} threads, allocator {args.allocator}, "
           f"torch {torch.__version__}; losses of the first step {ours[0]['loss']:.5f} and {theirs[0]['loss']:.5f}")
     for side, steps in results.items():
-        speed = args.examples / statistics.median(r["seconds"] for r in steps[1:])
+        speed = args.examples * args.steps / sum(timed[side])
         print(f"{side:13} {speed:6.2f} examples/s, peak {steps[-1]['peak'] / 2 ** 30:5.2f} GiB")
-    print(f"ratio of examples/s {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
+    print(f"ratio of examples/s {sum(timed['transformers']) / sum(timed['sevloss']):.2f} ({min(ratios):.2f} to {max(ratios):.2f} by step), "
           f"of peak memory {ours[-1]['peak'] / theirs[-1]['peak']:.2f}")
-    spent = {part: ours[-1]["parts"][part] - ours[0]["parts"][part] for part in ours[0]["parts"]}
+    spent = {part: ours[-1]["parts"][part] - ours[WARM_UP - 1]["parts"][part] for part in ours[0]["parts"]}
     print("a step of sevloss: " + ", ".join(f"{part} {seconds / sum(spent.values()):.0%}" for part, seconds in spent.items()))
 
 

@@ -25,12 +25,12 @@ def class_logits(model, id_lists, compute, *, most_tokens=8192, progress=None):
     """(n, 3) fp32 logits on the CPU, in the order given; inside sorted by length, so that equal lengths share an attention call."""
     model.eval()
     logits = torch.empty(len(id_lists), 3)
-    for part in data.micro_batches([len(ids) for ids in id_lists], range(len(id_lists)), most_tokens):
-        tokens, lengths = data.stream([id_lists[i] for i in part], compute.device)
-        with compute.autocast():
+    with compute.autocast():
+        for part in data.micro_batches([len(ids) for ids in id_lists], range(len(id_lists)), most_tokens):
+            tokens, lengths = data.stream([id_lists[i] for i in part], compute.device)
             logits[part] = model.classify(tokens, lengths).float().cpu()
-        if progress is not None:
-            progress.update(len(part))
+            if progress is not None:
+                progress.update(len(part))
     return logits
 
 

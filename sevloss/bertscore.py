@@ -117,14 +117,14 @@ class Scorer:
         """{text: (its pieces, D) fp32 vectors of length 1}. counts: {text: how often it occurs}; each is encoded once."""
         texts, vectors = list(counts), {}
         most_tokens = 1024 if self.compute.device.type == "cpu" else 16384  # what stays in a CPU's cache; what fills a GPU
-        for part in data.micro_batches([len(ids[text]) for text in texts], range(len(texts)), most_tokens):
-            part = [texts[i] for i in part]
-            tokens, lengths = data.stream([ids[text] for text in part], self.compute.device)
-            with self.compute.autocast():
+        with self.compute.autocast():
+            for part in data.micro_batches([len(ids[text]) for text in texts], range(len(texts)), most_tokens):
+                part = [texts[i] for i in part]
+                tokens, lengths = data.stream([ids[text] for text in part], self.compute.device)
                 hidden = self.model.blocks_output(tokens, lengths, self.layer)  # (N, D)
-            vectors |= zip(part, F.normalize(hidden.float(), dim=-1).split(lengths))
-            if progress is not None:
-                progress.update(sum(counts[text] for text in part))
+                vectors |= zip(part, F.normalize(hidden.float(), dim=-1).split(lengths))
+                if progress is not None:
+                    progress.update(sum(counts[text] for text in part))
         return vectors
 
 

@@ -18,6 +18,7 @@ import torch
 from python_calamine import CalamineError, CalamineWorkbook
 
 from sevloss import InputError, arabic, write_atomically
+from sevloss.device import to_device
 
 PROMPT = "\n{complaint}\n\nالاجابة:\n"
 SAMPLE = os.path.relpath(Path(__file__).resolve().parent.parent / "data" / "sample.jsonl")
@@ -526,10 +527,11 @@ class Batch:
     supervised: torch.Tensor  # (S,) positions in the stream whose next token is a target
     targets: torch.Tensor  # (S,)
     example: torch.Tensor  # (S,) which document of the batch a target belongs to
+    weights: torch.Tensor | None  # (S,) fp32
 
 
-def make_batch(examples, indices, device="cpu"):
-    """The examples `indices` as one stream."""
+def make_batch(examples, indices, device="cpu", weights=None):
+    """The examples `indices` as one stream. weights (n,): what a token of each of all examples weighs."""
     inputs, first = examples.inputs[indices], examples.first_target[indices]
     begins = np.cumsum(inputs) - inputs
     tokens = np.concatenate([examples.ids[s:s + n] for s, n in zip(examples.starts[indices], inputs)])
@@ -538,10 +540,10 @@ def make_batch(examples, indices, device="cpu"):
                               zip(examples.starts[indices], first, examples.starts[np.asarray(indices) + 1])])
     example = np.repeat(np.arange(len(first)), examples.targets[indices])
 
-    def tensor(array):
-        tensor = torch.from_numpy(array.astype(np.int64))
-        return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
-    return Batch(tensor(tokens), inputs.tolist(), tensor(supervised), tensor(targets), tensor(example))
+    tensors = [to_device(torch.from_numpy(array.astype(np.int64)), device) for array in (tokens, supervised, targets, example)]
+    if weights is not None:
+        weights = to_device(torch.from_numpy(np.repeat(weights[indices], examples.targets[indices]).astype(np.float32)), device)
+    return Batch(tensors[0], inputs.tolist(), *tensors[1:], weights)
 
 
 def micro_batches(lengths, indices, most_tokens):
@@ -560,4 +562,4 @@ def micro_batches(lengths, indices, most_tokens):
 def stream(id_lists, device="cpu"):
     """List of id lists -> tokens (N,), lengths."""
     tokens = torch.tensor(list(chain.from_iterable(id_lists)), dtype=torch.int64)
-    return tokens.to(device), [len(ids) for ids in id_lists]
+    return to_device(tokens, device), [len(ids) for ids in id_lists]

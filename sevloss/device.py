@@ -1,6 +1,7 @@
 """Which device, which numbers: decided here once, printed with the reason."""
 
 import contextlib
+import ctypes
 import resource
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 from sevloss import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @dataclass
@@ -56,6 +59,8 @@ def choose(device="auto", dtype="auto", *, small=False):
         if (device.index or 0) >= torch.cuda.device_count():
             raise InputError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
         torch.set_float32_matmul_precision("high")  # products that stay fp32 run as TF32 on tensor cores
+    else:
+        keep_freed_memory()
     if dtype != "auto":
         return Compute(device, DTYPES[dtype], "as asked")
     if small:
@@ -67,6 +72,23 @@ def choose(device="auto", dtype="auto", *, small=False):
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return Compute(device, torch.bfloat16, "this processor multiplies bf16 in hardware")
     return Compute(device, torch.float32, "this processor has no bf16 instructions")
+
+
+def keep_freed_memory():
+    """Tells glibc not to give large freed blocks back to the system: a training step asks for the same again, and each of their pages
+    would have to be mapped and cleared anew, which can take a third of the step. PyTorch itself does this with a GPU's memory."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def to_device(tensor, device):
+    """On CUDA from pinned memory, which is copied while the device works; a plain copy would wait for all that it still has to do."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def seed_everything(seed):

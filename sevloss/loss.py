@@ -59,7 +59,8 @@ def linear_weighted_token_ce(hidden, head_weight, targets, weights=None, *, bias
     """weighted_token_ce(hidden @ head_weight.T + bias, ...) without ever holding all the logits.
 
     hidden (N, D), head_weight (V, D), targets (N,), weights (N,), bias (V,). Rows with weight 0 or an ignored target cost
-    nothing. GEMMs run in the input dtype (autocast's, where it is active), all after the logits in at least fp32, and the
+    nothing. ignore_index=None: every row counts, and nothing is read back from the device, which otherwise has to say how
+    many do. GEMMs run in the input dtype (autocast's, where it is active), all after the logits in at least fp32, and the
     head's gradient is accumulated in fp32. The gradient is made in the forward pass, so a second derivative, or one with
     respect to the weights, is refused.
     """
@@ -73,11 +74,16 @@ def linear_weighted_token_ce(hidden, head_weight, targets, weights=None, *, bias
     if weights.requires_grad:
         raise ValueError("weights must not require a gradient here: detach them, or use weighted_token_ce")
     _check_range(targets, head_weight.shape[0], ignore_index)
-    if denominator is None:
-        denominator = (targets != ignore_index).sum().clamp(min=1)
+    if ignore_index is not None:
+        counts = targets != ignore_index
+        denominator = counts.sum().clamp(min=1) if denominator is None else denominator
+        rows = (counts & (weights != 0)).nonzero().squeeze(1)
+        hidden, targets, weights = hidden.index_select(0, rows), targets[rows], weights[rows]
+    elif denominator is None:
+        denominator = max(1, len(targets))
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.promote_types(hidden.dtype, head_weight.dtype)
-    return _LinearWeightedTokenCE.apply(hidden, head_weight, bias, targets, weights, denominator, ignore_index, dtype)
+    return _LinearWeightedTokenCE.apply(hidden, head_weight, bias, targets, weights, denominator, dtype)
 
 
 def _token_weights(weights, targets):
@@ -94,20 +100,30 @@ def _token_weights(weights, targets):
 def _check_range(targets, classes, ignore_index):
     if targets.device.type != "cpu":  # reading a value back from the device would stall it; there the kernel itself asserts
         return
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
+    wrong = (targets < 0) | (targets >= classes)
+    if ignore_index is not None:
+        wrong &= targets != ignore_index
     if wrong.any():
-        raise ValueError(f"target {targets[wrong][0].item()} is outside 0..{classes - 1} and is not ignore_index {ignore_index}")
+        raise ValueError(f"target {targets[wrong][0].item()} is outside 0..{classes - 1}"
+                         + (f" and is not ignore_index {ignore_index}" if ignore_index is not None else ""))
 
 
-def _product_in_fp32(a, b, buffers):
-    """a @ b in at least fp32, from factors that may have 16 bits."""
-    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    if a.dtype == torch.float16:  # a CPU has no such kernel, and the result does not fit into fp16
-        return a.float() @ b.float()
+def _add_product(out, a, b, buffers, *, first):
+    """out += a @ b, or out = a @ b the first time. out has at least fp32; a and b may have 16 bits."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=0 if first else 1)
+        return
     narrow, wide = (buffer[:len(a)] for buffer in buffers)
-    product = torch.mm(a, b, out=narrow)
-    return product if product.dtype == wide.dtype else wide.copy_(product)  # while it is in the cache
+    if a.is_cuda:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+    elif a.dtype == torch.float16:  # a CPU has no such kernel, and the result does not fit into fp16
+        product = a.float() @ b.float()
+    else:
+        product = torch.mm(a, b, out=narrow)
+    if first:
+        out.copy_(product)
+    else:
+        out += product if product.dtype == out.dtype else wide.copy_(product)  # while it is in the cache
 
 
 class _LinearWeightedTokenCE(torch.autograd.Function):
@@ -122,27 +138,26 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, bias, targets, weights, denominator, ignore_index, dtype):
+    def forward(ctx, hidden, head_weight, bias, targets, weights, denominator, dtype):
         wide = torch.promote_types(dtype, torch.float32)
         need_hidden, need_head, need_bias = ctx.needs_input_grad[:3]
         vocabulary, on_cpu = len(head_weight), hidden.device.type == "cpu"
-        rows = ((targets != ignore_index) & (weights != 0)).nonzero().squeeze(1)  # (R,)
-        x, y, w = hidden[rows].to(dtype), targets[rows][:, None], weights[rows].to(wide)
+        x, y, w = hidden.to(dtype), targets[:, None], weights.to(wide)
         head = head_weight.to(dtype)
-        unit = w.abs().max().log2().floor().exp2() if len(rows) else w.new_ones(())
+        unit = w.abs().max().clamp(min=torch.finfo(wide).tiny).log2().floor().exp2() if len(x) else w.new_ones(())
         g_scale = 2.0 ** 8 if dtype == torch.float16 else 1.0  # small entries of the softmax would vanish in fp16: hold 2^8 G
 
         loss = w.new_zeros(())
         d_hidden = torch.empty_like(x) if need_hidden else None
-        d_head = head.new_zeros(head.shape, dtype=wide) if need_head else None
+        d_head = (torch.empty_like if len(x) else torch.zeros_like)(head, dtype=wide) if need_head else None
         d_bias = w.new_zeros(vocabulary) if need_bias else None
         chunk = max(16, LOGITS_BYTES // (vocabulary * dtype.itemsize) // 16 * 16)
         block = 16 if on_cpu else 256  # rows of a chunk in fp32 at a time: on a CPU so few that they stay in its cache
-        buffer = x.new_empty(min(chunk, len(rows)), vocabulary)
-        z_buffer, p_buffer = w.new_empty(2, min(block, len(rows)), vocabulary)
+        buffer = x.new_empty(min(chunk, len(x)), vocabulary)
+        z_buffer, p_buffer = w.new_empty(2, min(block, len(x)), vocabulary)
         slice_buffers = head.new_empty(SLICE, head.shape[1]), w.new_empty(SLICE, head.shape[1])
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(rows), chunk):
+            for start in range(0, len(x), chunk):
                 xc, yc, wc = x[start:start + chunk], y[start:start + chunk], w[start:start + chunk]
                 logits = torch.mm(xc, head.T, out=buffer[:len(xc)])  # (C, V)
                 for i in range(0, len(xc), block):
@@ -164,10 +179,10 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
                     torch.mm(logits, head, out=d_hidden[start:start + chunk])
                 if need_head:
                     weighted = (xc * (wc / unit)[:, None]).to(dtype)  # (C, D)
-                    for v in range(0, vocabulary, SLICE):
-                        d_head[v:v + SLICE] += _product_in_fp32(logits[:, v:v + SLICE].T, weighted, slice_buffers)
-        ctx.save_for_backward(rows, w, d_hidden, d_head, d_bias)
-        ctx.hidden_shape, ctx.dtypes = hidden.shape, (hidden.dtype, head_weight.dtype, bias.dtype if bias is not None else None)
+                    for d, g in zip(d_head.split(SLICE), logits.split(SLICE, dim=1)):
+                        _add_product(d, g.T, weighted, slice_buffers, first=start == 0)
+        ctx.save_for_backward(w, d_hidden, d_head, d_bias)
+        ctx.dtypes = hidden.dtype, head_weight.dtype, bias.dtype if bias is not None else None
         ctx.g_scale, ctx.head_scale, ctx.denominator = g_scale, unit / g_scale, denominator
         return loss / denominator
 
@@ -175,16 +190,14 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
     def backward(ctx, upstream):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError("linear_weighted_token_ce has no second derivative: use weighted_token_ce")
-        rows, w, d_hidden, d_head, d_bias = ctx.saved_tensors
+        w, d_hidden, d_head, d_bias = ctx.saved_tensors
         scale = upstream.to(w.dtype) / ctx.denominator
-        grads = [None] * 8
+        grads = [None] * 7
         if d_hidden is not None:
-            grads[0] = d_hidden.new_zeros(ctx.hidden_shape, dtype=ctx.dtypes[0])
-            grads[0][rows] = (d_hidden * (w * scale / ctx.g_scale)[:, None]).to(ctx.dtypes[0])
+            grads[0] = (d_hidden * (w * scale / ctx.g_scale)[:, None]).to(ctx.dtypes[0])
         if d_head is not None:
             grads[1] = torch.empty_like(d_head, dtype=ctx.dtypes[1])
-            for v in range(0, len(d_head), SLICE):  # no second fp32 copy of it
-                grads[1][v:v + SLICE] = d_head[v:v + SLICE] * (scale * ctx.head_scale)
+            torch.mul(d_head, scale * ctx.head_scale, out=grads[1])
         if d_bias is not None:
             grads[2] = (d_bias * scale).to(ctx.dtypes[2])
         return tuple(grads)

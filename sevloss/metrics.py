@@ -26,13 +26,13 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
     """(n,) fp64: summed negative log-likelihood, in nats, of each example's targets; 0 for those not in `indices` (None: all)."""
     model.eval()
     total = torch.zeros(len(examples), dtype=torch.float64)
-    for part in data.micro_batches(examples.inputs, range(len(examples)) if indices is None else indices, most_tokens):
-        batch = data.make_batch(examples, part, compute.device)
-        with compute.autocast():
+    with compute.autocast():
+        for part in data.micro_batches(examples.inputs, range(len(examples)) if indices is None else indices, most_tokens):
+            batch = data.make_batch(examples, part, compute.device)
             hidden = model(batch.tokens, batch.lengths)[batch.supervised]  # (S, D)
             nll = torch.cat([F.cross_entropy((h @ model.head_weight.T).float(), t, reduction="none")
                              for h, t in zip(hidden.split(512), batch.targets.split(512))])
-        total[part] = torch.zeros(len(part), dtype=torch.float64).index_add_(0, batch.example.cpu(), nll.double().cpu())
+            total[part] = torch.zeros(len(part), dtype=torch.float64).index_add_(0, batch.example.cpu(), nll.double().cpu())
     return total
 
 

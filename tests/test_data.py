@@ -303,7 +303,8 @@ def test_batch_against_a_loop(encoded):
                 targets.append(ids[t])
                 documents.append(d)
             tokens.append(ids[t - 1])
-    batch = data.make_batch(examples, chosen)
+    batch = data.make_batch(examples, chosen, weights=np.arange(200) / 8)
+    assert str(batch.weights.dtype) == "torch.float32" and batch.weights.tolist() == [chosen[d] / 8 for d in documents]
     assert batch.tokens.tolist() == tokens and batch.lengths == examples.inputs[chosen].tolist()
     assert batch.supervised.tolist() == supervised
     assert batch.targets.tolist() == targets

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from sevloss import loss as module
 from sevloss.loss import linear_weighted_token_ce, severity_weights, weighted_token_ce
@@ -255,6 +256,31 @@ def test_rows_of_weight_zero_cost_nothing_and_harm_nothing():
     assert not d_hidden[3].any() and not d_hidden[5].any()
 
 
+def test_without_ignore_index_every_row_counts():
+    """Weight 0 too, and a target of -100 is an error. The default denominator is the number of rows."""
+    hidden, head, targets, weights = problem(zeros=False)
+    weights[3] = 0
+    loss = linear_weighted_token_ce(hidden, head, targets, weights, ignore_index=None)
+    expected = oracle(hidden, head, targets, weights)
+    torch.testing.assert_close(loss.double(), expected)
+    for a, b in zip(gradients(loss, hidden, head), gradients(expected, hidden, head)):
+        torch.testing.assert_close(a, b)
+    targets[3] = -100
+    with pytest.raises(ValueError, match="-100 is outside"):
+        linear_weighted_token_ce(hidden, head, targets, weights, ignore_index=None)
+
+
+def test_nothing_is_read_back_from_the_device(monkeypatch):
+    """Fake tensors have no values, so whatever needs one fails: on a GPU it would wait for the device."""
+    monkeypatch.setattr(module, "_check_range", lambda *_: None)  # on a GPU the kernel asserts
+    with FakeTensorMode() as mode:
+        hidden, head, targets, weights = (mode.from_tensor(t) for t in problem())
+        linear_weighted_token_ce(hidden, head, targets, weights, ignore_index=None).backward()
+        assert hidden.grad.shape == hidden.shape and head.grad.shape == head.shape
+        with pytest.raises(DynamicOutputShapeException):  # how many rows count
+            linear_weighted_token_ce(hidden, head, targets, weights)
+
+
 @pytest.mark.parametrize("all_zero", ["ignored", "weight 0", "no rows"])
 def test_nothing_supervised_gives_zero_with_a_graph(all_zero):
     hidden, head, targets, weights = problem(n=0 if all_zero == "no rows" else 6, zeros=False)
@@ -262,7 +288,10 @@ def test_nothing_supervised_gives_zero_with_a_graph(all_zero):
         targets[:] = -100
     else:
         weights[:] = 0
-    for loss in (linear_weighted_token_ce(hidden, head, targets, weights), weighted_token_ce(hidden @ head.T, targets, weights)):
+    losses = [linear_weighted_token_ce(hidden, head, targets, weights), weighted_token_ce(hidden @ head.T, targets, weights)]
+    if all_zero != "ignored":
+        losses.append(linear_weighted_token_ce(hidden, head, targets, weights, ignore_index=None))
+    for loss in losses:
         assert loss.item() == 0
         d_hidden, d_head = gradients(loss, hidden, head)
         assert not d_hidden.any() and not d_head.any()

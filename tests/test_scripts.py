@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import call, lines, refusal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import finetune
@@ -234,6 +236,34 @@ def test_16_bits(folder, base, table, dtype):
         call(finetune, "--ckpt", base, "--data", table, "--out", run, "--max-steps", 3, "--dtype", name, "--lr", 1e-4)
     assert losses(runs[dtype]) == pytest.approx(losses(runs["fp32"]), rel=0.02)
     assert {tensor.dtype for tensor in load_model(runs[dtype]).state_dict().values()} == {torch.float32}
+
+
+class Casts(TorchDispatchMode):
+    """Counts what is cast from fp32 to bf16, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.aten._to_copy.default and (options or {}).get("dtype") == torch.bfloat16:
+            self.shapes[tuple(arguments[0].shape)] += 1
+        return function(*arguments, **(options or {}))
+
+
+def test_weights_are_cast_once_a_step(folder, base, table, monkeypatch):
+    """However many micro-batches: autocast keeps what it has cast until its context is left."""
+    counted = []
+    for micro_tokens in (1, 10 ** 6):
+        with Casts() as casts:
+            call(finetune, "--ckpt", base, "--data", table, "--out", folder / f"casts-{micro_tokens}", "--max-steps", 2, "--batch-size", 5,
+                 "--micro-tokens", micro_tokens, "--dtype", "bf16", "--save-every", 100)
+        counted.append({shape: n for shape, n in casts.shapes.items() if shape in shapes_of_linears(base)})
+    assert counted[0] == counted[1] and counted[0]
+
+
+def shapes_of_linears(run):
+    return {tuple(w.shape) for name, w in load_model(run).state_dict().items() if w.ndim == 2 and ".h." in name}
 
 
 # ------------------------------------------------------------------ finetune.py: stopping and going on

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from sevloss import InputError
+from sevloss.device import to_device
 
 # Up to this length a CPU computes attention in 16 bits, or with dropout, by plain products when it is to learn: the backward pass of SDPA
 # takes two to six times as long there. Longer texts would keep too many scores.
@@ -31,7 +32,7 @@ class Documents:
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths must be positive, got {self.lengths[:8]}")
         self.longest = max(self.lengths)
-        self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(self.device)
+        self.positions = to_device(torch.cat([torch.arange(n) for n in self.lengths]), self.device)
         self.runs = [(n, len(list(same))) for n, same in groupby(self.lengths)]  # neighbours of equal length share a call
         self._rows, self._masks = None, {}
 
@@ -78,11 +79,10 @@ class Documents:
     def _attend_padded(self, q, k, v, dropout, scale, slopes=None, window=None):
         # Right padding inside attention only. With is_causal no real token sees padding, so no mask is needed and the
         # flash and memory-efficient kernels stay eligible.
-        rows, real, _ = self._cuda_rows()
+        rows, real, _, real_keys = self._cuda_rows()
         qp, kp, vp = (t[rows].transpose(1, 2) for t in (q, k, v))  # (B, H, T, d)
         seen = self._visible(self.longest, slopes, window, q.dtype)
         if not self.causal:
-            real_keys = torch.arange(self.longest, device=q.device) < torch.tensor(self.lengths, device=q.device)[:, None]  # (B, T)
             seen = {"attn_mask": real_keys[:, None, None]}
         padded = _sdpa(qp, kp, vp, dropout_p=dropout, scale=scale, **seen)
         return padded.transpose(1, 2).flatten(0, 1)[real]  # (N, H, d)
@@ -102,14 +102,15 @@ class Documents:
 
     def _cuda_rows(self):
         """rows (B, T): where padded position (b, t) lies in the stream; real (N,): where token n lies in the padded batch;
-        starts (B + 1,): where documents begin."""
+        starts (B + 1,): where documents begin; real_keys (B, T)."""
         if self._rows is None:
             lengths = torch.tensor(self.lengths)
             starts = F.pad(lengths.cumsum(0), (1, 0))
             t = torch.arange(self.longest)
             rows = (starts[:-1, None] + t).clamp(max=int(starts[-1]) - 1)
-            real = (t < lengths[:, None]).flatten().nonzero().squeeze(1)
-            self._rows = rows.to(self.device), real.to(self.device), starts.to(self.device, torch.int32)
+            real_keys = t < lengths[:, None]
+            real = real_keys.flatten().nonzero().squeeze(1)
+            self._rows = tuple(to_device(t, self.device) for t in (rows, real, starts.to(torch.int32), real_keys))
         return self._rows
 
 
