@@ -10,20 +10,15 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from turns import machine, need, print_row, take_turns, times_as_fast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sevloss import annotate, data, device  # noqa: E402
 from sevloss.models import from_scratch, load_model, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_bert  # noqa: E402
-
-try:
-    from transformers import BertForSequenceClassification
-except ImportError:
-    sys.exit("this benchmark compares with the package transformers: pip install transformers==5.23.0")
 
 
 @torch.inference_mode()
@@ -47,6 +42,8 @@ def main():
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
+    need("transformers")
+    from transformers import BertForSequenceClassification
     compute = device.choose("cpu", args.dtype)
     pairs = data.read_pairs(args.data, needed=("complaint",))[:args.rows]
     _, tokenizer = tiny_bert([p.complaint for p in pairs], num_labels=3, vocab_size=20_000)
@@ -57,23 +54,17 @@ def main():
                                      intermediate_size=3072, num_labels=3)), tokenizer, folder)
         ours, theirs = load_model(folder), BertForSequenceClassification.from_pretrained(folder).eval()
     sides = {"sevloss": lambda: annotate.class_logits(ours, ids, compute), "transformers": lambda: peer(theirs, ids, compute, args.batch)}
-    seconds, logits = {name: [] for name in sides}, {}
-    for turn in range(args.repeat + 1):
-        for name, run in sides.items():
-            began = time.perf_counter()
-            logits[name] = run()
-            if turn:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
+    seconds, logits = take_turns(sides, args.repeat)
     difference = (logits["sevloss"] - logits["transformers"]).abs().max().item()
     if difference > (0.02 if args.dtype == "bf16" else 1e-4):
         sys.exit(f"the logits differ by up to {difference:.1e}")
     tokens = sorted(map(len, ids))
-    ratios = [b / a for a, b in zip(seconds["sevloss"], seconds["transformers"])]
     print(f"{len(ids)} complaints of {tokens[0]} to {tokens[-1]} tokens (median {tokens[len(ids) // 2]}), {args.dtype}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}; logits differ by at most {difference:.1e}")
+          f"{machine()}, freed memory kept; logits differ by at most {difference:.1e}")
     for name, values in seconds.items():
         print(f"{name:13} {len(ids) / statistics.median(values):7.1f} rows/s")
-    print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print_row(f"severity of complaints, BERT base shape, {args.dtype}", "`transformers`, padded in the table's order",
+              f"{times_as_fast(*seconds.values())} times the rows/s")
 
 
 if __name__ == "__main__":

@@ -10,20 +10,15 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models
+from turns import machine, need, print_row, take_turns, times_as_fast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sevloss.generate import generate  # noqa: E402
 from sevloss.models import from_scratch, load_model, save_model  # noqa: E402
-
-try:
-    from transformers import AutoModelForCausalLM
-except ImportError:
-    sys.exit("this benchmark compares with the package transformers: pip install transformers==5.23.0")
 
 
 def peer(model, prompts, new_tokens, eos_ids):
@@ -45,6 +40,8 @@ def main():
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
+    need("transformers")
+    from transformers import AutoModelForCausalLM
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -61,26 +58,20 @@ def main():
     wanted = torch.linspace(0.1, 0.9, len(free[::2])) * args.new_tokens
     eos_ids = {min(answer, key=lambda token: abs(earliest[token] - w)) for answer, w in zip(free[::2], wanted.tolist())}
 
-    seconds = {"sevloss": [], "transformers": []}
-    for turn in range(args.repeat + 1):
-        answers = {}
-        for name, run in (("sevloss", lambda: generate(ours, prompts, max_new_tokens=args.new_tokens, eos_ids=tuple(eos_ids))),
-                          ("transformers", lambda: peer(theirs, prompts, args.new_tokens, eos_ids))):
-            began = time.perf_counter()
-            answers[name] = run()
-            if turn:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
+    seconds, answers = take_turns({
+        "sevloss": lambda: generate(ours, prompts, max_new_tokens=args.new_tokens, eos_ids=tuple(eos_ids)),
+        "transformers": lambda: peer(theirs, prompts, args.new_tokens, eos_ids)}, args.repeat)
     lengths = sorted(map(len, answers["sevloss"]))
     same = sum(a == b for a, b in zip(answers["sevloss"], answers["transformers"]))
     if args.dtype == "fp32" and same != args.rows:
         sys.exit(f"only {same} of {args.rows} answers are the same")
-    ratios = [theirs / ours for ours, theirs in zip(seconds["sevloss"], seconds["transformers"])]
     tokens = sum(lengths)
     print(f"{args.rows} prompts, answers of {lengths[0]} to {lengths[-1]} tokens (median {statistics.median(lengths):.0f}), {args.dtype}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}; {same} of {args.rows} answers are the same")
+          f"{machine()}; {same} of {args.rows} answers are the same")
     for name, values in seconds.items():
         print(f"{name:13} {tokens / statistics.median(values):8.1f} tokens/s")
-    print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print_row(f"decoding, GPT-2 base shape, {args.rows} prompts, answers of {lengths[0]} to {lengths[-1]} tokens, {args.dtype}",
+              "`transformers.generate`", f"{times_as_fast(*seconds.values())} times the tokens/s")
 
 
 if __name__ == "__main__":

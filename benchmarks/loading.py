@@ -15,11 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from turns import machine, need, print_row
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -103,9 +103,8 @@ def main():
     args = parser.parse_args()
     if args.load:
         return load(*args.load, args.dtype)
-    if find_spec("transformers") is None:
-        raise SystemExit("error: the peer is missing: pip install transformers==5.23.0")
-    print(f"parameters loaded as {args.dtype}; torch {torch.__version__}\n"
+    need("transformers")
+    print(f"parameters loaded as {args.dtype}, {machine()}\n"
           f"{'stored':22} {'loaded by':13} {'peak':>5} {'private':>8} {'mapped':>7} {'seconds':>8}")
     model = from_scratch(CONFIG)
     for stored in ("fp32", "fp16"):
@@ -117,7 +116,9 @@ def main():
             for package, r in results.items():
                 print(f"{stored + ' ' + kind:22} {package:13} {r['peak']:5.2f} {r['private']:8.2f} {r['mapped']:7.2f} {r['seconds']:8.1f}")
             ours, theirs = results["sevloss"], results["transformers"]
-            print(f"{'':22} {'ratio':13} {ours['peak'] / theirs['peak']:5.2f} {'':16} {ours['seconds'] / theirs['seconds']:8.2f}")
+            print_row(f"loading {kind} ({stored}) as {args.dtype}, aragpt2-medium shape", "`transformers`",
+                      f"peak {ours['peak']:.1f} against {theirs['peak']:.1f} times the parameters, "
+                      f"{ours['seconds'] / theirs['seconds']:.2f} of the time")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,27 @@
 """From a large table to the first optimizer step: finetune.py against `datasets` and a fast tokenizer of `transformers` in two processes.
 
-    pip install datasets transformers pandas
-    python benchmarks/start.py --data maqa.xlsx
+    pip install datasets==5.2.0 transformers==5.23.0 pandas openpyxl
+    python benchmarks/start.py [--data TABLE] [--rows 341218] [--repeat 3]
 
-Whole processes are timed, imports included, with a model so small that only reading and encoding count. Both encode prompt and response of
-every row. finetune.py also splits the rows by complaint, checks them, counts what is cut, validates and saves. A third run is finetune.py
-once more, which finds the encoded table in runs/cache. Peak memory is the sum over a side's processes.
+A workbook of --rows rows is made first, of the complaints and responses of --data: drawn again and again, a word in thirty misspelt, so
+that new words keep coming as they do in real text. Whole processes are timed, imports included, with a model so small that only reading
+and encoding count. Both encode prompt and response of four fifths of the rows. finetune.py also splits the rows by complaint, checks them,
+counts what is cut, validates and saves. The ids of the first rows must agree. "again" is finetune.py once more, which finds the encoded
+table in runs/cache. Peak memory is the sum over a side's processes.
 """
 
 import argparse
+import json
+import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
+
+import numpy as np
+from turns import machine, need, print_row, times_as_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,28 +29,45 @@ from sevloss import data  # noqa: E402
 from sevloss.models import from_scratch, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_gpt2  # noqa: E402
 
+COMPARED = 1000  # rows whose ids are compared
 PEER = """
-import sys, pandas, torch
+import json, sys, pandas, torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-table, folder, complaint, response = sys.argv[1:]
-read = {".xlsx": lambda p: pandas.read_excel(p, engine="calamine"), ".csv": pandas.read_csv}[table[table.rindex("."):]]
+table, folder = sys.argv[1:]
 tokenizer = PreTrainedTokenizerFast(tokenizer_file=folder + "/tokenizer.json")
 eos = tokenizer.convert_tokens_to_ids("<|endoftext|>")
 def encode(rows):
-    prompts = tokenizer([f"\\n{c}\\n\\nالاجابة:\\n" for c in rows[complaint]])["input_ids"]
-    answers = tokenizer(rows[response])["input_ids"]
+    prompts = tokenizer([f"\\n{c}\\n\\nالاجابة:\\n" for c in rows["Question"]])["input_ids"]
+    answers = tokenizer(rows["Answer"])["input_ids"]
     return {"input_ids": [(p + a + [eos])[:512] for p, a in zip(prompts, answers)],
             "labels": [([-100] * len(p) + a + [eos])[:512] for p, a in zip(prompts, answers)]}
-frame = read(table)[[complaint, response]].dropna().astype(str)
-rows = Dataset.from_pandas(frame, preserve_index=False)
-rows = rows.map(encode, batched=True, num_proc=2, remove_columns=[complaint, response], load_from_cache_file=False)
+frame = pandas.read_excel(table, engine="calamine").dropna().astype(str)
+rows = Dataset.from_pandas(frame.iloc[:len(frame) * 4 // 5], preserve_index=False)
+rows = rows.map(encode, batched=True, num_proc=2, remove_columns=["Question", "Answer"], load_from_cache_file=False)
 model = AutoModelForCausalLM.from_pretrained(folder)
 optimizer = torch.optim.AdamW(model.parameters())
 pad = lambda name, fill: torch.nn.utils.rnn.pad_sequence([torch.tensor(r[name]) for r in rows.select(range(16))], True, fill)
 model(input_ids=pad("input_ids", eos), labels=pad("labels", -100)).loss.backward()
 optimizer.step()
+json.dump(rows[:1000]["input_ids"], open("peer.json", "w"))
 """
+
+
+def write_table(pairs, rows, path):
+    """`rows` rows drawn from the pairs, a word in thirty with another end."""
+    from openpyxl import Workbook
+    chance, letters = random.Random(0), "ابتثجحخدذرزسشصضطظعغفقكلمنهوي"
+
+    def misspelt(text):
+        return " ".join(word if chance.random() > 1 / 30 or len(word) < 2 else
+                        word[:chance.randrange(1, len(word))] + "".join(chance.choices(letters, k=3)) for word in text.split(" "))
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet()
+    sheet.append(["Question", "Answer"])
+    for _ in range(rows):
+        sheet.append([misspelt(chance.choice(pairs).complaint), misspelt(chance.choice(pairs).response)])
+    book.save(path)
 
 
 def tree(pid):
@@ -55,7 +79,7 @@ def tree(pid):
 def timed(command, folder):
     """(seconds, peak resident bytes of the process and its children together)"""
     began, peak = time.perf_counter(), 0
-    with open(Path(folder) / "output.txt", "w") as output:
+    with open(folder / "output.txt", "w") as output:
         process = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, stdout=output, stderr=output)
         while process.poll() is None:
             resident = 0
@@ -67,33 +91,57 @@ def timed(command, folder):
             peak = max(peak, resident)
             time.sleep(0.05)
     if process.returncode:
-        sys.exit(f"{command[0]} failed:\n" + (Path(folder) / "output.txt").read_text()[-2000:])
+        sys.exit(f"{command[0]} failed:\n" + (folder / "output.txt").read_text()[-2000:])
     return time.perf_counter() - began, peak
+
+
+def check_ids(pairs, folder):
+    """Exits unless both sides encoded the first rows to the same ids; finetune.py has those of its training split alone."""
+    theirs = json.loads((folder / "peer.json").read_text())
+    (cache,) = (folder / "runs" / "cache").glob("*.npz")
+    with np.load(cache) as arrays:
+        ids, starts = arrays["ids"], arrays["starts"]
+    train = [i for i, pair in enumerate(pairs) if data.split_of(pair.complaint) == "train"]
+    for number, i in enumerate(train):
+        if ids[starts[number]:starts[number + 1]].tolist() != theirs[i]:
+            sys.exit(f"the ids of row {pairs[i].row} differ")
+    print(f"the ids of {len(train)} rows are the same on both sides")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help=".xlsx or .csv")
+    parser.add_argument("--data", default=data.SAMPLE)
+    parser.add_argument("--rows", type=int, default=341_218)
+    parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
-    for package in ("datasets", "transformers", "pandas"):
-        if not find_spec(package):
-            sys.exit(f"this benchmark compares with the package {package}: pip install {package}")
-    table = Path(args.data).resolve()
-    columns = next(row for _, row in data.read_rows(table))
-    names = data.find_columns(table, list(columns), {}, ("complaint", "response"))
-    sample = data.read_pairs(data.SAMPLE, needed=("complaint", "response"))
-    _, tokenizer = tiny_gpt2([t for p in sample for t in (p.complaint, p.response)], vocab_size=64_000)
+    need("datasets", "transformers", "pandas", "openpyxl")
+    pairs = data.read_pairs(args.data, needed=("complaint", "response"))
     with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_table(pairs, args.rows, folder / "table.xlsx")
+        write_table(pairs, 20_000, folder / "words.xlsx")
+        words = data.read_pairs(folder / "words.xlsx", needed=("complaint", "response"))
+        _, tokenizer = tiny_gpt2([t for p in words for t in (p.complaint, p.response)], vocab_size=64_000)
         save_model(from_scratch(dict(model_type="gpt2", vocab_size=tokenizer.get_vocab_size(), n_positions=1024, n_embd=32, n_layer=1,
-                                     n_head=2, eos_token_id=tokenizer.token_to_id("<|endoftext|>"))), tokenizer, Path(folder) / "model")
-        (Path(folder) / "peer.py").write_text(PEER, encoding="utf-8")
-        ours = [ROOT / "finetune.py", *"--ckpt model --weighting none --max-steps 1 --dtype fp32 --data".split(), table, "--out"]
-        results = {"sevloss": timed([*ours, "first"], folder),
-                   "datasets + transformers": timed(["peer.py", table, "model", names["complaint"], names["response"]], folder),
-                   "sevloss, again": timed([*ours, "second"], folder)}
-    for name, (seconds, peak) in results.items():
-        print(f"{name:24} {seconds:6.1f} s, peak {peak / 2 ** 30:.2f} GiB")
-    print(f"ratio of time {results['sevloss'][0] / results['datasets + transformers'][0]:.2f}")
+                                     n_head=2, eos_token_id=tokenizer.token_to_id("<|endoftext|>"))), tokenizer, folder / "model")
+        (folder / "peer.py").write_text(PEER, encoding="utf-8")
+        ours = [ROOT / "finetune.py", *"--ckpt model --weighting none --max-steps 1 --dtype fp32 --data table.xlsx --out".split()]
+        results = {"sevloss": [], "datasets + transformers": [], "sevloss, again": []}
+        for turn in range(args.repeat):
+            shutil.rmtree(folder / "runs", ignore_errors=True)
+            results["sevloss"].append(timed([*ours, f"first-{turn}"], folder))
+            results["datasets + transformers"].append(timed(["peer.py", "table.xlsx", "model"], folder))
+            results["sevloss, again"].append(timed([*ours, f"second-{turn}"], folder))
+        first = data.iterate_pairs(folder / "table.xlsx", needed=("complaint", "response"), skipped=data.Skipped())
+        check_ids([pair for pair, _ in zip(first, range(COMPARED))], folder)
+    print(f"{args.rows:,} rows, vocabulary {tokenizer.get_vocab_size():,}, {machine()}")
+    seconds = {name: [s for s, _ in values] for name, values in results.items()}
+    peaks = {name: max(peak for _, peak in values) / 2 ** 30 for name, values in results.items()}
+    for name in results:
+        print(f"{name:24} {min(seconds[name]):6.1f} to {max(seconds[name]):.1f} s, peak {peaks[name]:.2f} GiB")
+    print_row(f"{args.rows:,} rows of `.xlsx` to the first step", "`datasets` + `transformers`, 2 processes",
+              f"{times_as_fast(seconds['sevloss'], seconds['datasets + transformers'])} times as fast, {peaks['sevloss']:.1f} against "
+              f"{peaks['datasets + transformers']:.1f} GiB; {max(seconds['sevloss, again']):.1f} s the second time")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from turns import machine, need, print_row
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sevloss import data, device  # noqa: E402
@@ -156,6 +156,12 @@ def work(args, folder):
               file=sys.__stdout__, flush=True)
 
 
+def answer(side, process):
+    if line := process.stdout.readline():
+        return json.loads(line)
+    sys.exit(f"{side} ended with code {process.wait()}{': killed, for want of memory?' if process.returncode == -9 else ''}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="gpt2")
@@ -171,24 +177,22 @@ def main():
     if args.side:
         with redirect_stdout(sys.stderr):  # what is printed about the table is not for the parent
             return work(args, args.folder)
-    for package in ("transformers", "peft") if args.model == "qwen-lora" else ("transformers",):
-        if not find_spec(package):
-            sys.exit(f"this benchmark compares with the package {package}: pip install {package}")
+    need("transformers", *(["peft"] if args.model == "qwen-lora" else []))
 
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(args, folder)
-        environment = os.environ | (TUNED if args.allocator == "tuned" else {})
-        sides = {side: subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder], env=environment,
+        os.environ.update(TUNED if args.allocator == "tuned" else {})
+        sides = {side: subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                  for side in ("sevloss", "transformers")}
         results = {side: [] for side in sides}
-        for process in sides.values():
-            process.stdout.readline()
+        for side, process in sides.items():
+            answer(side, process)
         for step in range(WARM_UP + args.steps):
             for side, process in sides.items():
                 process.stdin.write(f"{step}\n")
                 process.stdin.flush()
-                results[side].append(json.loads(process.stdout.readline()))
+                results[side].append(answer(side, process))
         for process in sides.values():
             process.stdin.close()
             process.wait()
@@ -199,15 +203,17 @@ def main():
     timed = {side: [r["seconds"] for r in steps[WARM_UP:]] for side, steps in results.items()}
     ratios = [b / a for a, b in zip(*timed.values())]
     print(f"{args.model}, {args.examples} examples a step of {statistics.mean(r['tokens'] for r in ours):,.0f} tokens, "
-          f"peer padded to {args.pad_to or 'the longest'}, {args.dtype}, {torch.get_num_threads()} threads, allocator {args.allocator}, "
-          f"torch {torch.__version__}; losses of the first step {ours[0]['loss']:.5f} and {theirs[0]['loss']:.5f}")
+          f"{args.dtype}, {machine()}; losses of the first step {ours[0]['loss']:.5f} and {theirs[0]['loss']:.5f}")
     for side, steps in results.items():
         speed = args.examples * args.steps / sum(timed[side])
         print(f"{side:13} {speed:6.2f} examples/s, peak {steps[-1]['peak'] / 2 ** 30:5.2f} GiB")
-    print(f"ratio of examples/s {sum(timed['transformers']) / sum(timed['sevloss']):.2f} ({min(ratios):.2f} to {max(ratios):.2f} by step), "
-          f"of peak memory {ours[-1]['peak'] / theirs[-1]['peak']:.2f}")
     spent = {part: ours[-1]["parts"][part] - ours[WARM_UP - 1]["parts"][part] for part in ours[0]["parts"]}
     print("a step of sevloss: " + ", ".join(f"{part} {seconds / sum(spent.values()):.0%}" for part, seconds in spent.items()))
+    shape = {"gpt2": "GPT-2 base shape", "qwen-lora": "Qwen2.5-0.5B shape, LoRA 16"}[args.model]
+    print_row(f"step, {shape}, {args.examples} pairs, {args.dtype}, {args.allocator} allocator",
+              f"`transformers`{' + `peft`' if args.model == 'qwen-lora' else ''}, padded to {args.pad_to or 'the longest'}",
+              f"{sum(timed['transformers']) / sum(timed['sevloss']):.1f} ({min(ratios):.1f} to {max(ratios):.1f} by step) times the "
+              f"examples/s, {ours[-1]['peak'] / theirs[-1]['peak']:.2f} of the peak memory")
 
 
 if __name__ == "__main__":

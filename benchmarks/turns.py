@@ -1,0 +1,49 @@
+"""What the benchmarks share: both sides in turn, the ratio with its spread, and a row for the README's table."""
+
+import os
+import statistics
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+PEERS = {"transformers": "transformers==5.23.0", "peft": "peft==0.21.2", "datasets": "datasets==5.2.0", "pandas": "pandas",
+         "bert_score": "bert-score==0.3.13", "openpyxl": "openpyxl"}
+
+
+def need(*packages):
+    """Exits with 1 and what to install where a package to compare with is missing."""
+    if missing := [PEERS[package] for package in packages if not find_spec(package)]:
+        sys.exit(f"a package to compare with is missing: pip install {' '.join(missing)}")
+
+
+def take_turns(sides, repeat):
+    """sides: {name: function}. Calls each once untimed, then `repeat` rounds of all -> ({name: seconds of each round}, {name: result})."""
+    seconds, results = {name: [] for name in sides}, {}
+    for turn in range(repeat + 1):
+        for name, run in sides.items():
+            began = time.perf_counter()
+            results[name] = run()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds, results
+
+
+def times_as_fast(ours, theirs):
+    """Seconds of each round -> "median (least to most)" of how many times as fast we are, round by round."""
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def machine():
+    """Threads, allocator and version, which are the same for both sides."""
+    tuned = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))]
+    return f"{torch.get_num_threads()} threads, allocator {' '.join(tuned) or 'default'}, torch {torch.__version__}"
+
+
+def print_row(work, peer, result):
+    """The row of the README's table."""
+    words = [os.path.relpath(sys.argv[0], Path(__file__).resolve().parent.parent), *sys.argv[1:]]
+    print(f"| {work} | {peer} | {result} | `{' '.join(words)}` |")
