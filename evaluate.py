@@ -208,7 +208,7 @@ def main():
         pairs = test_rows(table, columns if args.data else trained.get("columns", {}) | columns, args.rows)
         counts = [sum(class_of(p) == i for p in pairs) for i in range(3)]
         print(f"{len(pairs):,} test rows: " + ", ".join(f"{count:,} {name}" for count, name in zip(counts, CLASSES)))
-        protocol = {"table": Path(table).name, "rows": len(pairs), "fingerprint": data.fingerprint(pairs)}
+        protocol = {"table": Path(table).name, "rows": len(pairs), "fingerprint": str(data.Fingerprint(pairs))}
         protocol |= {key: getattr(args, key) for key in ("recipe", "max_new_tokens", "max_length", "temperature", "top_p", "seed")}
         planned = [evaluation.Answers(models[0], protocol, [], out)]
     evaluation.check_same([*answers.values(), *planned])  # before hours of answering

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sevloss import InputError, annotate, check_positive, checkpoint, command, data, device, metrics, severity, terminal
+from sevloss import InputError, annotate, check_positive, checkpoint, command, data, device, metrics, severity, terminal, training_data
 from sevloss.loss import linear_weighted_token_ce, severity_weights
 from sevloss.models import checkpoint_blocks, eos_ids, load_model, load_tokenizer, lora, save_model
 from sevloss.models.tiny import tiny_gpt2
@@ -117,13 +117,14 @@ def main():
         print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not asked")
     reading = dict(needed=("complaint", "response", "critical") if weighted else ("complaint", "response"), columns=columns,
                    train_rows=args.train_rows, validation_rows=VALIDATION_ROWS)
+    rows = training_data.TrainingRows(table, **reading)
 
     # Model and tokenizer; seeded here, so that runs that differ only in their weights start from the same model
     device.seed_everything(args.seed)
     if args.ckpt == "tiny":
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
-        pairs = data.training_pairs(table, **reading)
-        texts = [data.prepare(t, preprocess) for p in pairs[0] for t in (data.PROMPT.format(complaint=p.complaint), p.response)]
+        pairs = list(rows)
+        texts = [data.prepare(t, preprocess) for p in pairs for t in (data.PROMPT.format(complaint=p.complaint), p.response)]
         model, tokenizer = tiny_gpt2(texts)
     else:
         data.file_fingerprint(table)  # refuses a table that is not there, before a large model is loaded
@@ -140,10 +141,10 @@ def main():
     encoding = dict(max_length=max_length, eos_id=eos_ids(model)[0], preprocess=preprocess,
                     encode=data.encode_published if args.supervise == "row" else data.encode_pairs)
     if args.ckpt == "tiny":
-        ready = data.prepared(*pairs, tokenizer, **encoding)
+        ready = training_data.prepare(rows, pairs, tokenizer, **encoding)
     else:
-        ready = data.remembered("runs/cache", table, tokenizer, (reading, encoding | {"encode": args.supervise}),
-                                lambda: data.prepared(*data.training_pairs(table, **reading), tokenizer, **encoding))
+        ready = training_data.remembered("runs/cache", table, tokenizer, (reading, encoding | {"encode": args.supervise}),
+                                         lambda: training_data.prepare(rows, rows, tokenizer, **encoding))
     examples, held_out = ready.examples, ready.held_out
     print(f"{len(examples):,} pairs to train on, {len(held_out):,} to validate on, {ready.kept:,} kept for evaluate.py")
 

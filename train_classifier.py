@@ -231,7 +231,7 @@ def train_and_save(args, compute):
     preprocess = data.choose_preprocess(args.preprocess, args.ckpt, raw)
     print(f"{args.ckpt}: preprocessing {preprocess}")
     checkpoint.write_run_json(run, "train_classifier.py", vars(args), preprocess=preprocess, max_length=args.max_length,
-                              compute=str(compute), data_fingerprint=data.fingerprint(pairs))
+                              compute=str(compute), data_fingerprint=str(data.Fingerprint(pairs)))
 
     # One model a seed; the best on validation stays
     labels, best = torch.tensor([p.severity for p in validation]), None

@@ -7,6 +7,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from python_calamine import CalamineError, CalamineWorkbook
 
-from sevloss import InputError, arabic, write_atomically
+from sevloss import InputError, arabic
 from sevloss.device import to_device
 
+ROWS_AT_ONCE = 4096  # of a table, that the tokenizer gets
 PROMPT = "\n{complaint}\n\nالاجابة:\n"
 SAMPLE = os.path.relpath(Path(__file__).resolve().parent.parent / "data" / "sample.jsonl")
 SPLITS = (("train", 0.8), ("validation", 0.9), ("test", 1.0))  # upper ends on [0, 1)
@@ -117,7 +119,7 @@ def _read_xlsx(path):
         rows = CalamineWorkbook.from_path(path).get_sheet_by_index(0).iter_rows()
         header = _header(path, [_text(cell) for cell in next(rows, [])])
         for number, cells in enumerate(rows, 2):
-            cells = [_text(cell) for cell in cells]
+            cells = [cell.strip() if type(cell) is str else _text(cell) for cell in cells]  # a workbook has no half characters
             if any(cells):
                 yield number, _row(header, cells)
     except (CalamineError, OSError, IndexError) as error:
@@ -131,6 +133,8 @@ def _header(path, names):
 
 
 def _row(header, cells):
+    if len(cells) == len(header):
+        return dict(zip(header, cells))
     return None if any(cells[len(header):]) else dict(zip(header, chain(cells, [""] * len(header))))
 
 
@@ -235,12 +239,15 @@ def iterate_pairs(path, *, needed, columns=None, skipped):
             skipped.add(str(reason), number)
 
 
+_LETTER = re.compile(r"[^\W_]")  # or a digit
+
+
 def _pair(number, row, found, needed, others):
     if row is None:
         raise ValueError("with more cells than the header")
     value = {role: row.get(name, "") for role, name in found.items()}
     for role in ("complaint", "response"):
-        if role in needed and (isinstance(value[role], _Nested) or not any(c.isalnum() for c in value[role])):  # "👍" is no text
+        if role in needed and (isinstance(value[role], _Nested) or not _LETTER.search(value[role])):  # "👍" is no text
             raise ValueError(f"without a {role}")
     try:
         label, probabilities = _label(value), _probabilities(value)
@@ -265,7 +272,7 @@ def _label(value):
 
 
 def _probabilities(value):
-    if not any(value.get(name) for name in PROBABILITIES):
+    if not any(map(value.get, PROBABILITIES)):
         return None
     try:
         probabilities = tuple(float(value[name]) for name in PROBABILITIES)
@@ -278,15 +285,20 @@ def _probabilities(value):
     return tuple(p / sum(probabilities) for p in probabilities)
 
 
-def read_pairs(path, *, needed, columns=None):
-    """All usable pairs of a table as a list. Prints which columns were found and what was left out, by reason."""
-    skipped = Skipped()
-    pairs = list(iterate_pairs(path, needed=needed, columns=columns, skipped=skipped))
+def usable_pairs(path, *, needed, columns=None):
+    """Yields the usable pairs of a table. Prints which columns were found and, in the end, what was left out, by reason."""
+    skipped, pair = Skipped(), None
+    for pair in iterate_pairs(path, needed=needed, columns=columns, skipped=skipped):
+        yield pair
     if skipped.rows:
         print(f"  {skipped}")
-    if not pairs:
+    if pair is None:
         raise InputError(f"{path}: no usable row; {skipped}")
-    return pairs
+
+
+def read_pairs(path, *, needed, columns=None):
+    """usable_pairs as a list"""
+    return list(usable_pairs(path, needed=needed, columns=columns))
 
 
 # --- splits ---------------------------------------------------------------------------------------------------------------
@@ -341,12 +353,19 @@ def some_of(pairs, most):
     return sorted(pairs, key=lambda p: fraction(p.complaint, "order"))[:most]
 
 
-def fingerprint(pairs):
-    """Changes when any text, label or probability that training reads does."""
-    digest = hashlib.blake2b(digest_size=8)
-    for pair in pairs:
-        digest.update(repr((pair.complaint, pair.response, pair.severity, pair.probabilities)).encode())
-    return digest.hexdigest()
+class Fingerprint:
+    """Of pairs, more of which may be added: changes when any text, label or probability that training reads does."""
+
+    def __init__(self, pairs=()):
+        self.digest = hashlib.blake2b(digest_size=8)
+        for pair in pairs:
+            self.add(pair)
+
+    def add(self, pair):
+        self.digest.update(repr((pair.complaint, pair.response, pair.severity, pair.probabilities)).encode())
+
+    def __str__(self):
+        return self.digest.hexdigest()
 
 
 def file_fingerprint(path):
@@ -440,23 +459,26 @@ class Examples:
 def encode_pairs(pairs, tokenizer, *, max_length, eos_id, preprocess):
     """PROMPT and response encoded apart and joined, then EOS, at most max_length ids. Prints what was cut.
 
-    Where a pair is too long, the prompt keeps at least half of max_length; a response that is cut has no EOS.
+    Where a pair is too long, the prompt keeps at least half of max_length; a response that is cut has no EOS. pairs: any iterable; while
+    it gives the next, a thread of its own encodes those that it gave before.
     """
-    ids, lengths, first_target, cut_prompts, cut_responses = [], [], [], 0, 0
-    for start in range(0, len(pairs), 8192):  # lists of Python numbers are large: those of a part at a time
-        part = pairs[start:start + 8192]
+    def encode_part(part):
         responses = encode(tokenizer, [prepare(p.response, preprocess) for p in part], special=False)
         limits = [max(max_length // 2, max_length - len(r) - 1) for r in responses]
         prompts, cut = encode_prompts(tokenizer, [prepare(p.complaint, preprocess) for p in part], limits)
         joined = [prompt + (response + [eos_id])[:max_length - len(prompt)] for prompt, response in zip(prompts, responses)]
-        cut_prompts += cut
-        cut_responses += sum(len(p) + len(r) + 1 > max_length for p, r in zip(prompts, responses))
-        ids.append(np.fromiter(chain.from_iterable(joined), np.int32))
-        lengths += map(len, joined)
-        first_target += map(len, prompts)
-    if cut_prompts or cut_responses:
-        print(f"  of {len(pairs):,} pairs {cut_prompts:,} complaints and {cut_responses:,} responses were cut to fit {max_length} tokens")
-    return Examples(np.concatenate(ids), np.cumsum([0] + lengths), np.array(first_target, np.int64))
+        cut_responses = sum(len(p) + len(r) + 1 > max_length for p, r in zip(prompts, responses))
+        # as arrays, since lists of Python numbers are large
+        return np.fromiter(chain.from_iterable(joined), np.int32), [*map(len, joined)], [*map(len, prompts)], cut, cut_responses
+
+    pairs = iter(pairs)
+    with ThreadPoolExecutor(1) as thread:  # the tokenizer needs no Python, so reading goes on beside it
+        parts = list(thread.map(encode_part, iter(lambda: list(islice(pairs, ROWS_AT_ONCE)), [])))
+    ids, lengths, first_target, cut_prompts, cut_responses = zip(*parts)
+    if any(cut_prompts + cut_responses):
+        print(f"  of {sum(map(len, lengths)):,} pairs {sum(cut_prompts):,} complaints and {sum(cut_responses):,} responses were cut to fit "
+              f"{max_length} tokens")
+    return Examples(np.concatenate(ids), np.cumsum([0, *chain(*lengths)]), np.fromiter(chain(*first_target), np.int64))
 
 
 def encode_published(pairs, tokenizer, *, max_length, eos_id, preprocess):
@@ -465,57 +487,6 @@ def encode_published(pairs, tokenizer, *, max_length, eos_id, preprocess):
     rows = [(ids + [eos_id] * max_length)[:max_length] for ids in encode(tokenizer, texts, special=True)]
     n = len(rows)
     return Examples(np.array(rows, np.int32).reshape(-1), np.arange(n + 1) * max_length, np.ones(n, np.int64))
-
-
-# --- a table made ready for training --------------------------------------------------------------------------------------
-
-@dataclass
-class Prepared:
-    """All that training needs of a table, in numbers."""
-    examples: Examples
-    held_out: Examples  # of the validation rows
-    probabilities: np.ndarray  # (n, 3) of the examples
-    fingerprint: str  # of the whole table
-    kept: int  # rows of the test split
-
-
-def training_pairs(table, *, needed, columns, train_rows, validation_rows):
-    """(training pairs, the first `train_rows` of them; validation pairs, a fixed choice of at most `validation_rows`; fingerprint of the
-    table; number of test rows)"""
-    pairs = read_pairs(table, needed=needed, columns=columns)
-    sides = split_pairs(pairs)
-    validation = some_of(sides["validation"], validation_rows)
-    if not sides["train"] or not validation:
-        raise InputError(f"{table} has too few complaints to train and validate on")
-    return sides["train"][:train_rows], validation, fingerprint(pairs), len(sides["test"])
-
-
-def prepared(train, validation, fingerprint, kept, tokenizer, encode, **encoding):
-    """encode: encode_pairs or encode_published, for the training pairs."""
-    probabilities = np.array([p.probabilities or (0.0, 1.0, 0.0) for p in train], np.float32)
-    return Prepared(encode(train, tokenizer, **encoding), encode_pairs(validation, tokenizer, **encoding), probabilities, fingerprint, kept)
-
-
-def remembered(folder, table, tokenizer, arguments, make):
-    """make() -> Prepared; or what it gave before for the same table (name, size, time of change), tokenizer, arguments and code."""
-    code = [Path(module).read_bytes() for module in (__file__, arabic.__file__)]
-    path = Path(folder) / f"{Path(table).stem}-{digest(file_fingerprint(table), tokenizer.to_str(), arguments, code)}.npz"
-    if path.is_file():
-        print(f"{table} is encoded already: {path}")
-        with np.load(path) as a:
-            return Prepared(Examples(a["ids"], a["starts"], a["first"]), Examples(a["held_ids"], a["held_starts"], a["held_first"]),
-                            a["probabilities"], str(a["fingerprint"]), int(a["kept"]))
-    made = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = dict(ids=made.examples.ids, starts=made.examples.starts, first=made.examples.first_target, held_ids=made.held_out.ids,
-                  held_starts=made.held_out.starts, held_first=made.held_out.first_target, probabilities=made.probabilities,
-                  fingerprint=made.fingerprint, kept=made.kept)
-
-    def write(temporary):
-        with open(temporary, "wb") as file:  # given a name, numpy would put .npz behind it
-            np.savez(file, **arrays)
-    write_atomically(path, write)
-    return made
 
 
 # --- batches --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sevloss import InputError, data
+from sevloss import InputError, data, training_data
 from sevloss.models.tiny import tiny_gpt2
 
 BOTH = ("complaint", "response")
@@ -205,7 +205,8 @@ def test_sides_are_80_10_10_and_do_not_depend_on_the_table():
 def test_fingerprint_sees_every_change():
     pair = data.Pair(1, "a", "b", 2, (0.0, 0.5, 0.5), "", {})
     changed = [("complaint", "c"), ("response", "c"), ("severity", None), ("probabilities", (0.0, 0.4, 0.6))]
-    assert len({data.fingerprint([pair])} | {data.fingerprint([data.Pair(**{**vars(pair), name: to})]) for name, to in changed}) == 5
+    pairs = [pair, *(data.Pair(**{**vars(pair), name: to}) for name, to in changed)]
+    assert len({str(data.Fingerprint([p])) for p in pairs}) == 5
 
 
 # ------------------------------------------------------------------ token ids
@@ -288,6 +289,23 @@ def test_too_short_for_any_prompt(tiny):
 
 
 # ------------------------------------------------------------------ batches
+
+def test_parts_come_in_order(encoded, tiny, monkeypatch):
+    """Pairs may come one after the other, and are encoded a part at a time, in a thread of its own."""
+    pairs, examples = encoded
+    monkeypatch.setattr(data, "ROWS_AT_ONCE", 7)
+    parts = data.encode_pairs((pair for pair in pairs), tiny[1], max_length=512, eos_id=0, preprocess="none")
+    assert all(np.array_equal(getattr(parts, name), getattr(examples, name)) for name in ("ids", "starts", "first_target"))
+
+
+def test_an_error_while_pairs_are_read_is_not_lost(encoded, tiny, monkeypatch):
+    def broken():
+        yield from encoded[0]
+        raise InputError("the table ends in the middle of a row")
+    monkeypatch.setattr(data, "ROWS_AT_ONCE", 7)
+    with pytest.raises(InputError, match="in the middle"):
+        data.encode_pairs(broken(), tiny[1], max_length=512, eos_id=0, preprocess="none")
+
 
 def test_batch_against_a_loop(encoded):
     """Position p of the stream is supervised where the token after p, in the same document, is a target."""
@@ -386,8 +404,9 @@ def test_remembered(tiny, write_table, rows, tmp_path, monkeypatch):
     def ready(tokenizer=tokenizer, **encoding):
         def make():
             made.append(encoding)
-            return data.prepared(*data.training_pairs(table, **reading), tokenizer, data.encode_pairs, **encoding)
-        return data.remembered(tmp_path / "cache", table, tokenizer, (reading, encoding), make)
+            table_rows = training_data.TrainingRows(table, **reading)
+            return training_data.prepare(table_rows, table_rows, tokenizer, data.encode_pairs, **encoding)
+        return training_data.remembered(tmp_path / "cache", table, tokenizer, (reading, encoding), make)
 
     first, again = ready(**encoding), ready(**encoding)
     assert len(made) == 1 and len(first.held_out) == 5

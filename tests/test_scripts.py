@@ -89,7 +89,7 @@ def test_run_folder(base, table):
     assert facts["script"] == "finetune.py" and facts["prompt"] == data.PROMPT and facts["preprocess"] == "arabert"
     assert facts["arguments"]["weighting"] == "balanced" and facts["coefficients"] == [0.5, 1.0, 1.5] and facts["steps"] == 21
     assert {"python", "torch", "tokenizers", "safetensors", "numpy"} == set(facts["versions"])
-    assert facts["data_fingerprint"] == data.fingerprint(data.read_pairs(table, needed=BOTH))
+    assert facts["data_fingerprint"] == str(data.Fingerprint(data.read_pairs(table, needed=BOTH)))
     for part in (base, base / "best"):
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in part.iterdir()}
         assert load_model(part).raw_config["sevloss"] == {"prompt": data.PROMPT, "preprocess": "arabert"}
