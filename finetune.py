@@ -208,7 +208,7 @@ def main():
                 hidden = model(batch.tokens, batch.lengths)  # (N, D)
                 loss = linear_weighted_token_ce(hidden[batch.supervised], model.head_weight, batch.targets, batch.weights,
                                                 denominator=denominator, ignore_index=None)
-                with torch.autocast(compute.device.type, enabled=False):
+                with torch.autocast(compute.device.type, enabled=False):  # of the forward pass alone
                     scaler.scale(loss).backward()  # gradients add up over micro-batches
                 total += loss.detach()
         scaler.unscale_(optimizer)

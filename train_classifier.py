@@ -98,7 +98,7 @@ def fit(args, compute, train, validation, preprocess, seed, *, label, log=None):
         print(f"  {cut + cut_held_out:,} of {len(ids) + len(held_out):,} complaints were cut to fit {max_length} tokens")
     labels = torch.tensor([p.severity for p in validation])
     class_weights = targets.mean(0).clamp(min=1e-6).reciprocal() / 3 if args.class_balanced else torch.ones(3)
-    class_weights, targets = class_weights.to(compute.device), targets.to(compute.device)
+    class_weights = class_weights.to(compute.device)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps_per_epoch = math.ceil(len(ids) / args.batch_size)
@@ -116,7 +116,8 @@ def fit(args, compute, train, validation, preprocess, seed, *, label, log=None):
             tokens, lengths = data.stream([ids[i] for i in chosen], compute.device)
             with compute.autocast():
                 logits = model.classify(tokens, lengths)  # (B, 3)
-            loss = F.cross_entropy(logits.float(), targets[chosen], weight=class_weights, label_smoothing=args.label_smoothing)
+            shares = device.to_device(targets[chosen], compute.device)  # (B, 3)
+            loss = F.cross_entropy(logits.float(), shares, weight=class_weights, label_smoothing=args.label_smoothing)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
