@@ -17,7 +17,7 @@ With gradient accumulation, count the denominator over all micro-batches first a
 import torch
 import torch.nn.functional as F
 
-LOGITS_BYTES = 128 * 2 ** 20  # size of the buffer that holds the logits of one chunk of rows
+LOGITS_BYTES = 256 * 2 ** 20  # size of the buffer that holds the logits of one chunk of rows
 SLICE = 2048  # rows of the head's gradient that are handled at a time
 
 

@@ -37,7 +37,7 @@ def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-@pytest.fixture(params=[128 * 2 ** 20, 20_000], ids=["one chunk", "many chunks"])
+@pytest.fixture(params=[256 * 2 ** 20, 20_000], ids=["one chunk", "many chunks"])
 def chunks(request, monkeypatch):
     """Small problems fit into one chunk; a small buffer makes them take the path of large ones."""
     monkeypatch.setattr(module, "LOGITS_BYTES", request.param)
