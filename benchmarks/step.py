@@ -1,12 +1,13 @@
 """A fine-tuning step against a plain loop around the model of `transformers` (with `peft` for LoRA): examples/s and peak memory.
 
-    python benchmarks/step.py [--model gpt2|qwen-lora] [--data TABLE] [--examples 16] [--steps 3] [--pad-to 512] [--allocator default|tuned]
+    python benchmarks/step.py [--model gpt2|qwen-lora] [--data TABLE] [--examples 16] [--steps 6] [--pad-to 512] [--allocator default|tuned]
 
 gpt2: GPT-2's base shape with 64,000 words, all of it trained; qwen-lora: the shape of Qwen2.5-0.5B, LoRA of rank 16 on q_proj and
 v_proj, the base in bf16. Weights are random, dropout is 0, pairs are real, matrix products run in bf16 (--dtype fp32: in fp32), AdamW is
 fused on both sides. The peer pads each batch to its longest row, or to --pad-to tokens as the published notebooks do. Each side is a
-process of its own, and they take turns step by step; the losses of the first step must agree. sevloss tells glibc by itself to keep freed
-memory (device.keep_freed_memory); --allocator tuned tells both processes, by environment variables, so that the peer gains as much.
+process of its own, and they take turns step by step; the losses of the first step must agree to 0.5% (fp32: 1e-5). sevloss tells glibc
+by itself to keep freed memory (device.keep_freed_memory); --allocator tuned tells both processes, by environment variables, so that the
+peer gains as much.
 """
 
 import argparse
