@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from turns import machine, need, print_row, take_turns, times_as_fast
+from turns import machine, need, print_row, ratio, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sevloss import annotate, data, device  # noqa: E402
@@ -64,7 +64,7 @@ def main():
     for name, values in seconds.items():
         print(f"{name:13} {len(ids) / statistics.median(values):7.1f} rows/s")
     print_row(f"severity of complaints, BERT base shape, {args.dtype}", "`transformers`, padded in the table's order",
-              f"{times_as_fast(*seconds.values())} times the rows/s")
+              f"{ratio(seconds['transformers'], seconds['sevloss'])} times the rows/s")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from turns import machine, need, print_row, take_turns, times_as_fast
+from turns import machine, need, print_row, ratio, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sevloss import check_positive, command, data, device  # noqa: E402
@@ -77,7 +77,7 @@ def main():
     for dtype, d in differences.items():
         print(f"{dtype}: F differs by {d.abs().max():.1e} at most, {d.abs().mean():.1e} on average, the mean F by {d.mean():+.1e}")
         print_row(f"BERTScore, mBERT shape, {dtype}", "`bert-score`, fp32",
-                  f"{times_as_fast(seconds[dtype], seconds['package'])} times as fast; F differs by at most {d.abs().max():.0e}")
+                  f"{ratio(seconds['package'], seconds[dtype])} times as fast; F differs by at most {d.abs().max():.0e}")
 
 
 if __name__ == "__main__":

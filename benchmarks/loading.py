@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from turns import machine, need, print_row
+from turns import machine, memory, need, print_row, reset_peak
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,16 +44,6 @@ def write(folder, tensors, kind):
             {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}))
     else:  # as `transformers` wrote them: the tied head is there once more, on the same storage
         torch.save(tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}, folder / kind)
-
-
-def memory(process="self"):
-    """Bytes: VmRSS, its parts RssAnon and RssFile, and VmHWM, the largest VmRSS since reset_peak()."""
-    lines = (line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("VmRSS:", "VmHWM:", "RssAnon:", "RssFile:")}
-
-
-def reset_peak():
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def load(package, folder, dtype):

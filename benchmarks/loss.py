@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from turns import machine, print_row
+from turns import machine, memory, print_row, ratio, reset_peak
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sevloss.loss import linear_weighted_token_ce  # noqa: E402
@@ -44,17 +44,6 @@ def torch_chunked(hidden, head, targets, weights, denominator):
     return (nll.float() * weights).sum() / denominator
 
 
-def resident(field):
-    """Bytes; VmHWM is the peak since reset_peak()."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def reset_peak():
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2048)
@@ -73,17 +62,17 @@ def main():
                   "linear_weighted_token_ce": ours}
     if args.without_torch:
         del contenders["F.linear_cross_entropy"]
-    seconds, memory, gradients = {n: [] for n in contenders}, {n: [] for n in contenders}, {}
+    seconds, peaks, gradients = {n: [] for n in contenders}, {n: [] for n in contenders}, {}
     for turn in range(args.repeat + 1):
         for name, function in contenders.items():
             hidden.grad = head.grad = None
             gc.collect()
             reset_peak()
-            before, began = resident("VmRSS"), time.perf_counter()
+            before, began = memory()["VmRSS"], time.perf_counter()
             function(hidden, head, targets, weights, 1000.0).backward()
             if turn:  # the first round warms up
                 seconds[name].append(time.perf_counter() - began)
-                memory[name].append(resident("VmHWM") - before)
+                peaks[name].append(memory()["VmHWM"] - before)
             elif name == "naive":
                 gradients = hidden.grad.clone(), head.grad.clone()
             else:
@@ -93,13 +82,12 @@ def main():
                         sys.exit(f"{name}: gradient differs by {difference:.1e}")
     shape = f"{args.rows:,} × {args.width} × {args.vocabulary:,}, {args.dtype}"
     print(f"{shape}, {machine()}; all gradients agree")
-    added = {name: statistics.median(values) for name, values in memory.items()}
+    added = {name: statistics.median(values) for name, values in peaks.items()}
     for name in contenders:
         print(f"{name:26} {statistics.median(seconds[name]):6.2f} s, {added[name] / 2 ** 20:5,.0f} MiB added")
     ours_seconds = seconds.pop("linear_weighted_token_ce")
     for name, theirs in seconds.items():
-        ratios = [a / b for a, b in zip(ours_seconds, theirs)]
-        print_row(f"loss, {shape}", name, f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of the time, "
+        print_row(f"loss, {shape}", name, f"{ratio(ours_seconds, theirs)} of the time, "
                                           f"{added['linear_weighted_token_ce'] / added[name]:.2f} of the added memory")
 
 

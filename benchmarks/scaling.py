@@ -3,9 +3,9 @@
     python benchmarks/scaling.py [--model gpt2|qwen-lora] [--lengths 16 64 256 900] [--rows 1 4 16 64] [--most-tokens 16384]
 
 Forward, loss and backward pass of benchmarks/step.py's models, without the optimizer; random ids, every second token supervised, bf16.
-Lengths differ by up to a tenth, so that hardly two documents share an attention call: the worst case on a CPU. Microseconds a token, the
-median of --repeat steps. A row of the table that stays level says that length costs nothing; a column that falls says that few tokens
-cannot fill the processor.
+Lengths above 16 differ by up to a tenth, so that hardly two documents share an attention call: the worst case on a CPU. Microseconds a
+token, the median of --repeat steps. A column of the table that stays level says that length costs nothing; a row that falls says that few
+tokens cannot fill the processor.
 """
 
 import argparse

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from turns import machine, need, print_row, times_as_fast
+from turns import machine, need, print_row, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,7 +34,7 @@ PEER = """
 import json, sys, pandas, torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-table, folder = sys.argv[1:]
+table, folder, compared = sys.argv[1:]
 tokenizer = PreTrainedTokenizerFast(tokenizer_file=folder + "/tokenizer.json")
 eos = tokenizer.convert_tokens_to_ids("<|endoftext|>")
 def encode(rows):
@@ -50,7 +50,7 @@ optimizer = torch.optim.AdamW(model.parameters())
 pad = lambda name, fill: torch.nn.utils.rnn.pad_sequence([torch.tensor(r[name]) for r in rows.select(range(16))], True, fill)
 model(input_ids=pad("input_ids", eos), labels=pad("labels", -100)).loss.backward()
 optimizer.step()
-json.dump(rows[:1000]["input_ids"], open("peer.json", "w"))
+json.dump(rows[:int(compared)]["input_ids"], open("peer.json", "w"))
 """
 
 
@@ -130,7 +130,7 @@ def main():
         for turn in range(args.repeat):
             shutil.rmtree(folder / "runs", ignore_errors=True)
             results["sevloss"].append(timed([*ours, f"first-{turn}"], folder))
-            results["datasets + transformers"].append(timed(["peer.py", "table.xlsx", "model"], folder))
+            results["datasets + transformers"].append(timed(["peer.py", "table.xlsx", "model", COMPARED], folder))
             results["sevloss, again"].append(timed([*ours, f"second-{turn}"], folder))
         first = data.iterate_pairs(folder / "table.xlsx", needed=("complaint", "response"), skipped=data.Skipped())
         check_ids([pair for pair, _ in zip(first, range(COMPARED))], folder)
@@ -140,7 +140,7 @@ def main():
     for name in results:
         print(f"{name:24} {min(seconds[name]):6.1f} to {max(seconds[name]):.1f} s, peak {peaks[name]:.2f} GiB")
     print_row(f"{args.rows:,} rows of `.xlsx` to the first step", "`datasets` + `transformers`, 2 processes",
-              f"{times_as_fast(seconds['sevloss'], seconds['datasets + transformers'])} times as fast, {peaks['sevloss']:.1f} against "
+              f"{ratio(seconds['datasets + transformers'], seconds['sevloss'])} times as fast, {peaks['sevloss']:.1f} against "
               f"{peaks['datasets + transformers']:.1f} GiB; {max(seconds['sevloss, again']):.1f} s the second time")
 
 

@@ -31,9 +31,9 @@ def take_turns(sides, repeat):
     return seconds, results
 
 
-def times_as_fast(ours, theirs):
-    """Seconds of each round -> "median (least to most)" of how many times as fast we are, round by round."""
-    ratios = [b / a for a, b in zip(ours, theirs)]
+def ratio(seconds, to):
+    """Seconds of each round of two sides -> "median (least to most)" of the ratio, round by round."""
+    ratios = [a / b for a, b in zip(seconds, to)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
@@ -41,6 +41,16 @@ def machine():
     """Threads, allocator and version, which are the same for both sides."""
     tuned = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))]
     return f"{torch.get_num_threads()} threads, allocator {' '.join(tuned) or 'default'}, torch {torch.__version__}"
+
+
+def memory(process="self"):
+    """Bytes: VmRSS, its parts RssAnon and RssFile, and VmHWM, the largest VmRSS since reset_peak() (Linux)."""
+    lines = (line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("VmRSS:", "VmHWM:", "RssAnon:", "RssFile:")}
+
+
+def reset_peak():
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def print_row(work, peer, result):

@@ -185,8 +185,11 @@ def save_model(model, tokenizer, folder):
         lora.save(model, folder)
     else:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody but the owner read
+
+        def write(path):
+            save_file(state, path, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", path)  # safetensors lets nobody but the owner read
+        write_atomically(folder / "model.safetensors", write)
     tokenizer.save(str(folder / "tokenizer.json"))
 
     # Without this file transformers picks a class by model_type and, for GPT-2, loses the prefix space.
