@@ -13,12 +13,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sevloss import InputError, arabic, check_positive, checkpoint, command, data, device, evaluation, hub, metrics, terminal
+from sevloss import InputError, arabic, check_positive, checkpoint, command, data, device, evaluation, hub, metrics, tables, terminal
 from sevloss.bertscore import Scorer
 from sevloss.evaluation_report import write_evaluation
 from sevloss.generate import generate
+from sevloss.hashes import Fingerprint, digest, file_fingerprint
 from sevloss.models import eos_ids, load_model, load_tokenizer
 from sevloss.severity import CLASSES
+from sevloss.splits import some_of, split_pairs
 
 ROWS_AT_ONCE = 64  # answered together; what a stop can lose
 # "paper": what the published notebooks do; their prompt ends where training's says "الاجابة:", and what comes before that is cut off.
@@ -64,10 +66,10 @@ def newest_run():
 
 def test_rows(table, columns, most):
     """The test rows, a fixed choice of them where there are more than `most`, in the table's order."""
-    pairs = data.split_pairs(data.read_pairs(table, needed=("complaint", "response"), columns=columns))["test"]
+    pairs = split_pairs(tables.read_pairs(table, needed=("complaint", "response"), columns=columns))["test"]
     if not pairs:
         raise InputError(f"{table}: none of its complaints falls into the test split")
-    return sorted(data.some_of(pairs, most), key=lambda p: p.row)
+    return sorted(some_of(pairs, most), key=lambda p: p.row)
 
 
 def class_of(pair):
@@ -81,9 +83,9 @@ def answer_rows(name, pairs, args, protocol, out):
     """Answers every complaint and scores every reference; returns the answers file. It is written as rows are done, the longest prompts
     first; the same call goes on where it was stopped, and what is complete is not done again."""
     run = evaluation.run_facts(name)
-    weights = data.file_fingerprint(hub.find_file(name, (*hub.ADAPTERS, *hub.WEIGHTS)))
-    digest = data.digest(protocol, [(pair.row, pair.specialty) for pair in pairs], args.dtype, weights, "" if run else hub.full_name(name))
-    path = Path(name) / "evaluation" / f"answers-{digest}.jsonl" if run else out / f"answers-{Path(name).name}-{digest}.jsonl"
+    weights = file_fingerprint(hub.find_file(name, (*hub.ADAPTERS, *hub.WEIGHTS)))
+    name_hash = digest(protocol, [(pair.row, pair.specialty) for pair in pairs], args.dtype, weights, "" if run else hub.full_name(name))
+    path = Path(name) / "evaluation" / f"answers-{name_hash}.jsonl" if run else out / f"answers-{Path(name).name}-{name_hash}.jsonl"
     head, records = evaluation.read_answers(path)
     done = {record["row"] for record in records}
     left = [i for i, pair in enumerate(pairs) if pair.row not in done]
@@ -204,11 +206,11 @@ def main():
     planned = []
     if models:
         trained = next((facts for facts in map(evaluation.run_facts, models) if "table" in facts), {})
-        table, columns = args.data or trained.get("table", data.SAMPLE), data.parse_columns(args.columns)
+        table, columns = args.data or trained.get("table", tables.SAMPLE), tables.parse_columns(args.columns)
         pairs = test_rows(table, columns if args.data else trained.get("columns", {}) | columns, args.rows)
         counts = [sum(class_of(p) == i for p in pairs) for i in range(3)]
         print(f"{len(pairs):,} test rows: " + ", ".join(f"{count:,} {name}" for count, name in zip(counts, CLASSES)))
-        protocol = {"table": Path(table).name, "rows": len(pairs), "fingerprint": str(data.Fingerprint(pairs))}
+        protocol = {"table": Path(table).name, "rows": len(pairs), "fingerprint": str(Fingerprint(pairs))}
         protocol |= {key: getattr(args, key) for key in ("recipe", "max_new_tokens", "max_length", "temperature", "top_p", "seed")}
         planned = [evaluation.Answers(models[0], protocol, [], out)]
     evaluation.check_same([*answers.values(), *planned])  # before hours of answering

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sevloss import InputError, annotate, check_positive, checkpoint, command, data, device, metrics, severity, terminal, training_data
+from sevloss import InputError, annotate, check_positive, checkpoint, command, data, device, metrics, tables, terminal, training_data
+from sevloss.hashes import file_fingerprint
 from sevloss.loss import linear_weighted_token_ce, severity_weights
 from sevloss.models import checkpoint_blocks, eos_ids, load_model, load_tokenizer, lora, save_model
 from sevloss.models.tiny import tiny_gpt2
+from sevloss.severity import parse_weighting
 
 # "paper": what the published notebooks set; the README says what is wrong with it. Arguments that are given go before a recipe's.
 RECIPES = {"default": {}, "paper": dict(
@@ -29,7 +31,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("model and data")
     group.add_argument("--ckpt", default="tiny", help="short name, hub id, folder or run; tiny: small, from scratch (default)")
-    group.add_argument("--data", default=data.SAMPLE, help=".jsonl, .csv, .tsv or .xlsx with complaints and responses")
+    group.add_argument("--data", default=tables.SAMPLE, help=".jsonl, .csv, .tsv or .xlsx with complaints and responses")
     group.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post response=Plan")
     group.add_argument("--preprocess", choices=("auto", "arabert", "none"), default="auto", help="auto: as the checkpoint was trained")
     group.add_argument("--max-length", type=int, default=512, help="most tokens of prompt and response together")
@@ -104,13 +106,13 @@ def learning_rate(step, steps, warmup):
 @command
 def main():
     args = parse_arguments()
-    coefficients = severity.parse_weighting(args.weighting)
+    coefficients = parse_weighting(args.weighting)
     run = checkpoint.new_run(args.out, "finetune", args.resume)
     compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
     print(compute)
 
     weighted = len(set(coefficients)) > 1
-    table, columns = args.data, data.parse_columns(args.columns)
+    table, columns = args.data, tables.parse_columns(args.columns)
     if weighted and args.classifier:
         table, columns = annotate.annotated(args.classifier, table, columns, compute), {}
     elif args.classifier:
@@ -127,7 +129,7 @@ def main():
         texts = [data.prepare(t, preprocess) for p in pairs for t in (data.PROMPT.format(complaint=p.complaint), p.response)]
         model, tokenizer = tiny_gpt2(texts)
     else:
-        data.file_fingerprint(table)  # refuses a table that is not there, before a large model is loaded
+        file_fingerprint(table)  # refuses a table that is not there, before a large model is loaded
         # a frozen base in the dtype it is computed in: autocast would cast it anew at every use
         model = load_model(args.ckpt, dtype=compute.dtype if args.lora else torch.float32)
         tokenizer = load_tokenizer(args.ckpt)

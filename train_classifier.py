@@ -17,9 +17,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sevloss import InputError, annotate, baseline, check_positive, checkpoint, command, data, device, hub, report, severity, terminal
+from sevloss import InputError, annotate, baseline, check_positive, checkpoint, command, data, device, hub, report, tables, terminal
+from sevloss.hashes import Fingerprint, file_fingerprint
 from sevloss.models import load_model, load_tokenizer, save_model
 from sevloss.models.tiny import tiny_bert
+from sevloss.severity import CLASSES, confusion_matrix, fit_temperature, scores
+from sevloss.splits import fraction, key, split_pairs
 
 
 def parse_arguments():
@@ -70,8 +73,8 @@ def start(args, texts, seed):
         model, tokenizer = load_model(args.ckpt, num_labels=3), load_tokenizer(args.ckpt)
     if not hasattr(model, "classify"):
         raise InputError(f"{args.ckpt} is a language model, not an encoder such as BERT")
-    model.raw_config |= {"id2label": {str(i): name for i, name in enumerate(severity.CLASSES)},
-                         "label2id": {name: i for i, name in enumerate(severity.CLASSES)}}
+    model.raw_config |= {"id2label": {str(i): name for i, name in enumerate(CLASSES)},
+                         "label2id": {name: i for i, name in enumerate(CLASSES)}}
     return model, tokenizer
 
 
@@ -79,9 +82,9 @@ def soft_targets(pairs):
     """Complaints without repetition and their targets (n, 3): where the same complaint has several labels, their shares."""
     counts, texts = defaultdict(lambda: [0, 0, 0]), {}
     for pair in pairs:
-        counts[data.key(pair.complaint)][pair.severity] += 1
-        texts.setdefault(data.key(pair.complaint), pair.complaint)
-    targets = torch.tensor([counts[key] for key in texts], dtype=torch.float32)
+        counts[key(pair.complaint)][pair.severity] += 1
+        texts.setdefault(key(pair.complaint), pair.complaint)
+    targets = torch.tensor([counts[name] for name in texts], dtype=torch.float32)
     return list(texts.values()), targets / targets.sum(-1, keepdim=True)
 
 
@@ -144,7 +147,7 @@ def fit(args, compute, train, validation, preprocess, seed, *, label, log=None):
     if kept is None:
         raise InputError("the validation loss was never finite: lower --lr")
     model.load_state_dict(kept[0])
-    temperature = severity.fit_temperature(kept[1], labels)
+    temperature = fit_temperature(kept[1], labels)
     print(f"{label}: best epoch {best_epoch + 1} of {epoch + 1}, validation NLL {best:.4f}, temperature {temperature:.3f}")
     return model.eval(), tokenizer, kept[1], temperature
 
@@ -160,7 +163,7 @@ def baselines(train, validation, scored):
     """{name: logits on `scored`} of the majority class and of a linear model, calibrated on `validation` as the encoder is."""
     complaints, targets = soft_targets(train)
     held_out, linear = baseline.linear_logits(complaints, targets, [[p.complaint for p in pairs] for pairs in (validation, scored)])
-    temperature = severity.fit_temperature(held_out, torch.tensor([p.severity for p in validation]))
+    temperature = fit_temperature(held_out, torch.tensor([p.severity for p in validation]))
     return {"majority class": baseline.majority_logits(targets, len(scored)), "linear on n-grams": linear,
             "linear on n-grams, calibrated": linear / temperature}
 
@@ -169,10 +172,10 @@ def make_folds(pairs, folds):
     """A list of (train, validation, scored), by complaint, so that none stands on two sides."""
     parts = []
     for fold in range(folds):
-        scored = [p for p in pairs if int(data.fraction(p.complaint, "fold") * folds) == fold]
-        others = [p for p in pairs if int(data.fraction(p.complaint, "fold") * folds) != fold]
-        validation = [p for p in others if data.fraction(p.complaint, "inner") < 0.125]
-        train = [p for p in others if data.fraction(p.complaint, "inner") >= 0.125]
+        scored = [p for p in pairs if int(fraction(p.complaint, "fold") * folds) == fold]
+        others = [p for p in pairs if int(fraction(p.complaint, "fold") * folds) != fold]
+        validation = [p for p in others if fraction(p.complaint, "inner") < 0.125]
+        train = [p for p in others if fraction(p.complaint, "inner") >= 0.125]
         if not (scored and train and validation):
             raise InputError(f"--folds {folds} leaves a fold of {len(pairs)} rows empty: use fewer")
         parts.append((train, validation, scored))
@@ -198,7 +201,7 @@ def main():
     args = parse_arguments()
     if args.annotate:  # what would fail should fail before hours of training
         annotate.check_target(args.to)
-        data.file_fingerprint(args.annotate)
+        file_fingerprint(args.annotate)
     annotate_only = bool(args.annotate) and not args.data
     if annotate_only and not (Path(args.ckpt) / "classifier.json").is_file():
         raise InputError(f"{args.ckpt} is no finished run of this script, so it cannot annotate: give one, or --data to train one first")
@@ -207,21 +210,21 @@ def main():
     run = Path(args.ckpt) if annotate_only else train_and_save(args, compute)
     if args.annotate:
         classifier = annotate.Classifier.load(run, compute)
-        annotate.annotate_table(classifier, args.annotate, args.to, data.parse_columns(args.columns) if annotate_only else {}, compute)
+        annotate.annotate_table(classifier, args.annotate, args.to, tables.parse_columns(args.columns) if annotate_only else {}, compute)
 
 
 def train_and_save(args, compute):
     run = checkpoint.new_run(args.out, "classifier", False)
-    table = args.data or data.SAMPLE
-    pairs = data.read_pairs(table, needed=("complaint", "severity"), columns=data.parse_columns(args.columns))
-    sides = data.split_pairs(pairs)
+    table = args.data or tables.SAMPLE
+    pairs = tables.read_pairs(table, needed=("complaint", "severity"), columns=tables.parse_columns(args.columns))
+    sides = split_pairs(pairs)
     train, validation = sides["train"], sides["validation"]
     print(f"{len(train):,} rows to train on, {len(validation):,} to validate on, {len(sides['test']):,} kept aside")
     if conflicts := int((soft_targets(pairs)[1].max(-1).values < 1).sum()):
         print(f"  {conflicts:,} complaints occur with different labels; their shares are the target")
     if not train or not validation:
         raise InputError(f"{table} has too few complaints to train and validate on")
-    before, known = Path(args.ckpt) / "classifier.json", {data.key(p.complaint) for p in train + validation}
+    before, known = Path(args.ckpt) / "classifier.json", {key(p.complaint) for p in train + validation}
     trained_on = set(hub.read_json(before)["trained_on"]) if before.is_file() else set()
     if args.folds:
         make_folds(train + validation, args.folds)  # refuses what cannot be split
@@ -232,7 +235,7 @@ def train_and_save(args, compute):
     preprocess = data.choose_preprocess(args.preprocess, args.ckpt, raw)
     print(f"{args.ckpt}: preprocessing {preprocess}")
     checkpoint.write_run_json(run, "train_classifier.py", vars(args), preprocess=preprocess, max_length=args.max_length,
-                              compute=str(compute), data_fingerprint=str(data.Fingerprint(pairs)))
+                              compute=str(compute), data_fingerprint=str(Fingerprint(pairs)))
 
     # One model a seed; the best on validation stays
     labels, best = torch.tensor([p.severity for p in validation]), None
@@ -240,7 +243,7 @@ def train_and_save(args, compute):
     with open(run / "metrics.jsonl", "w", encoding="utf-8") as log:
         for seed in args.seed:
             fitted = fit(args, compute, train, validation, preprocess, seed, label=f"seed {seed}", log=log)
-            by_seed.append(severity.scores(fitted[2] / fitted[3], labels))
+            by_seed.append(scores(fitted[2] / fitted[3], labels))
             if best is None or by_seed[-1]["nll"] < min(s["nll"] for s in by_seed[:-1]):
                 best = fitted
     model, tokenizer, logits, temperature = best
@@ -260,17 +263,17 @@ def train_and_save(args, compute):
         results |= baselines(train, validation, validation)
         basis = f"{len(scored):,} validation rows, which also chose the epoch and the temperature: --folds 5 gives honest figures."
     calibrated, labels = results[f"{args.ckpt}, calibrated"], torch.tensor([p.severity for p in scored])
-    unseen = dict(zip((data.key(p.complaint) for p in scored), calibrated.softmax(-1).tolist())) if args.folds else {}
+    unseen = dict(zip((key(p.complaint) for p in scored), calibrated.softmax(-1).tolist())) if args.folds else {}
     checkpoint.write_json(run / "classifier.json", {
-        "temperature": temperature, "scores": {name: severity.scores(z, labels) for name, z in results.items()},
+        "temperature": temperature, "scores": {name: scores(z, labels) for name, z in results.items()},
         "seeds": dict(zip(map(str, args.seed), by_seed)), "out_of_fold": unseen,
         "trained_on": sorted(trained_on | known)})
     report.write_classifier_report(run, scored, results, encoder=args.ckpt, basis=basis)
     print(f"\n{basis}\n")
     print(terminal.table(["model", *report.SCORE_NAMES.values()], report.score_rows(results, labels)))
-    confusion = severity.confusion_matrix(calibrated.argmax(-1), labels).tolist()
+    confusion = confusion_matrix(calibrated.argmax(-1), labels).tolist()
     print("\nconfusion (rows: true class, columns: predicted)")
-    print(terminal.table(["", *severity.CLASSES], [[name, *row] for name, row in zip(severity.CLASSES, confusion)]))
+    print(terminal.table(["", *CLASSES], [[name, *row] for name, row in zip(CLASSES, confusion)]))
     print(f"\nwrote {run} (model, report.md with pictures); peak memory {compute.peak_memory() / 2 ** 30:.2f} GiB")
     print(f"next: python finetune.py --classifier {run}")
     return run

@@ -16,7 +16,7 @@ import torch
 from turns import machine, need, print_row, ratio, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sevloss import annotate, data, device  # noqa: E402
+from sevloss import annotate, device, tables  # noqa: E402
 from sevloss.models import from_scratch, load_model, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_bert  # noqa: E402
 
@@ -36,7 +36,7 @@ def peer(model, ids, compute, batch):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=data.SAMPLE)
+    parser.add_argument("--data", default=tables.SAMPLE)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -45,7 +45,7 @@ def main():
     need("transformers")
     from transformers import BertForSequenceClassification
     compute = device.choose("cpu", args.dtype)
-    pairs = data.read_pairs(args.data, needed=("complaint",))[:args.rows]
+    pairs = tables.read_pairs(args.data, needed=("complaint",))[:args.rows]
     _, tokenizer = tiny_bert([p.complaint for p in pairs], num_labels=3, vocab_size=20_000)
     ids, _ = annotate.encode_complaints(tokenizer, [p.complaint for p in pairs], preprocess="none", max_length=512)
     torch.manual_seed(0)

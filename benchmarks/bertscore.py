@@ -19,7 +19,7 @@ import torch
 from turns import machine, need, print_row, ratio, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sevloss import check_positive, command, data, device  # noqa: E402
+from sevloss import check_positive, command, device, tables  # noqa: E402
 from sevloss.bertscore import Scorer  # noqa: E402
 from sevloss.models import from_scratch, load_model, load_tokenizer, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_bert  # noqa: E402
@@ -43,7 +43,7 @@ def write_checkpoint(ckpt, texts, folder):
 
 def choose_texts(table, rows):
     """2 x rows different responses, spread over the table -> candidates, references."""
-    responses = list(dict.fromkeys(pair.response for pair in data.read_pairs(table, needed=("complaint", "response"))))
+    responses = list(dict.fromkeys(pair.response for pair in tables.read_pairs(table, needed=("complaint", "response"))))
     rows = min(rows, len(responses) // 2)
     chosen = [responses[i * len(responses) // (2 * rows)] for i in range(2 * rows)]
     return chosen[::2], chosen[1::2]
@@ -54,7 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="an encoder; default: random weights")
     parser.add_argument("--layer", type=int, default=9)
-    parser.add_argument("--data", default=data.SAMPLE)
+    parser.add_argument("--data", default=tables.SAMPLE)
     parser.add_argument("--rows", type=int, default=64, help="pairs to score")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()

@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sevloss import InputError, checkpoint, command, data, evaluation, hub  # noqa: E402
+from sevloss import InputError, checkpoint, command, evaluation, hub, splits, tables  # noqa: E402
 from sevloss.annotate import write_rows  # noqa: E402
 
 SETTINGS = {"none": "none", "mild": "mild", "balanced": "balanced", "strong": "strong", "shuffled": "balanced"}  # name -> weighting
@@ -28,8 +28,8 @@ SCORES = ("NLL", "BERTScore F1", "chrF", "ROUGE-L", "urgent")
 
 def write_shuffled(table, to):
     """The table with the probabilities of its training rows shuffled among them; the other rows stay as they are."""
-    pairs = data.read_pairs(table, needed=("complaint", "response", "critical"))
-    train = data.split_pairs(pairs)["train"]
+    pairs = tables.read_pairs(table, needed=("complaint", "response", "critical"))
+    train = splits.split_pairs(pairs)["train"]
     probabilities = [pair.probabilities for pair in train]
     random.Random(0).shuffle(probabilities)
     for pair, p in zip(train, probabilities):
@@ -57,7 +57,7 @@ def train(run, name, seed, table, args):
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=data.SAMPLE, help="table with severity probabilities (train_classifier.py --annotate makes one)")
+    parser.add_argument("--data", default=tables.SAMPLE, help="table with severity probabilities (of train_classifier.py --annotate)")
     parser.add_argument("--ckpt", default="tiny")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", default="runs/experiment")

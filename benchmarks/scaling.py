@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--most-tokens", type=int, default=16_384, help="combinations with more are left out")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
-    args.dtype, args.data = "bf16", step.data.SAMPLE
+    args.dtype, args.data = "bf16", step.tables.SAMPLE
     with tempfile.TemporaryDirectory() as folder:
         step.make_checkpoint(args, folder)
         side = step.Ours(args, folder)

@@ -25,7 +25,7 @@ from turns import machine, need, print_row, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sevloss import data  # noqa: E402
+from sevloss import splits, tables  # noqa: E402
 from sevloss.models import from_scratch, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_gpt2  # noqa: E402
 
@@ -101,7 +101,7 @@ def check_ids(pairs, folder):
     (cache,) = (folder / "runs" / "cache").glob("*.npz")
     with np.load(cache) as arrays:
         ids, starts = arrays["ids"], arrays["starts"]
-    train = [i for i, pair in enumerate(pairs) if data.split_of(pair.complaint) == "train"]
+    train = [i for i, pair in enumerate(pairs) if splits.split_of(pair.complaint) == "train"]
     for number, i in enumerate(train):
         if ids[starts[number]:starts[number + 1]].tolist() != theirs[i]:
             sys.exit(f"the ids of row {pairs[i].row} differ")
@@ -110,17 +110,17 @@ def check_ids(pairs, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=data.SAMPLE)
+    parser.add_argument("--data", default=tables.SAMPLE)
     parser.add_argument("--rows", type=int, default=341_218)
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     need("datasets", "transformers", "pandas", "openpyxl")
-    pairs = data.read_pairs(args.data, needed=("complaint", "response"))
+    pairs = tables.read_pairs(args.data, needed=("complaint", "response"))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_table(pairs, args.rows, folder / "table.xlsx")
         write_table(pairs, 20_000, folder / "words.xlsx")
-        words = data.read_pairs(folder / "words.xlsx", needed=("complaint", "response"))
+        words = tables.read_pairs(folder / "words.xlsx", needed=("complaint", "response"))
         _, tokenizer = tiny_gpt2([t for p in words for t in (p.complaint, p.response)], vocab_size=64_000)
         save_model(from_scratch(dict(model_type="gpt2", vocab_size=tokenizer.get_vocab_size(), n_positions=1024, n_embd=32, n_layer=1,
                                      n_head=2, eos_token_id=tokenizer.token_to_id("<|endoftext|>"))), tokenizer, folder / "model")
@@ -132,7 +132,7 @@ def main():
             results["sevloss"].append(timed([*ours, f"first-{turn}"], folder))
             results["datasets + transformers"].append(timed(["peer.py", "table.xlsx", "model", COMPARED], folder))
             results["sevloss, again"].append(timed([*ours, f"second-{turn}"], folder))
-        first = data.iterate_pairs(folder / "table.xlsx", needed=("complaint", "response"), skipped=data.Skipped())
+        first = tables.iterate_pairs(folder / "table.xlsx", needed=("complaint", "response"), skipped=tables.Skipped())
         check_ids([pair for pair, _ in zip(first, range(COMPARED))], folder)
     print(f"{args.rows:,} rows, vocabulary {tokenizer.get_vocab_size():,}, {machine()}")
     seconds = {name: [s for s, _ in values] for name, values in results.items()}

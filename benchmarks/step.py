@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from turns import machine, need, print_row
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sevloss import data, device  # noqa: E402
+from sevloss import data, device, tables  # noqa: E402
 from sevloss.loss import linear_weighted_token_ce, severity_weights  # noqa: E402
 from sevloss.models import FAMILIES, build, initial, load_model, load_tokenizer, lora, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_gpt2  # noqa: E402
@@ -46,7 +46,7 @@ TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MA
 
 
 def make_checkpoint(args, folder):
-    pairs = data.read_pairs(args.data, needed=("complaint", "response"))
+    pairs = tables.read_pairs(args.data, needed=("complaint", "response"))
     _, tokenizer = tiny_gpt2([t for p in pairs for t in (data.PROMPT.format(complaint=p.complaint), p.response)], vocab_size=64_000)
     shape = SHAPES[args.model] | {"eos_token_id": tokenizer.token_to_id("<|endoftext|>")}
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def make_checkpoint(args, folder):
 
 def batches(args, tokenizer, eos):
     """(list of Examples indices per step, Examples, weights)"""
-    pairs = [p for p in data.read_pairs(args.data, needed=("complaint", "response"))]
+    pairs = [p for p in tables.read_pairs(args.data, needed=("complaint", "response"))]
     examples = data.encode_pairs(pairs, tokenizer, max_length=512, eos_id=eos, preprocess="none")
     weights = severity_weights(torch.tensor([p.probabilities or (0.2, 0.3, 0.5) for p in pairs]))
     order = np.random.default_rng(0).permutation(len(examples))
@@ -166,7 +166,7 @@ def answer(side, process):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="gpt2")
-    parser.add_argument("--data", default=data.SAMPLE)
+    parser.add_argument("--data", default=tables.SAMPLE)
     parser.add_argument("--examples", type=int, default=16, help="per step")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--pad-to", type=int, default=0, help="tokens; 0: to the longest row of the batch")

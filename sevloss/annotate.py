@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, checkpoint, data, hub
+from sevloss import InputError, checkpoint, data, hashes, hub, splits, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
 
@@ -75,14 +75,14 @@ class Classifier:
         probabilities = (class_logits(self.model, ids, compute, progress=progress) / self.temperature).softmax(-1)
         if self.out_of_fold:
             for i, complaint in enumerate(complaints):
-                known = self.out_of_fold.get(data.key(complaint))
+                known = self.out_of_fold.get(splits.key(complaint))
                 if known is not None:
                     probabilities[i] = torch.tensor(known)
         return probabilities, cut
 
     def seen(self, complaints):
         """How many of the complaints the model was trained on without out-of-fold probabilities for them: it is too sure of these."""
-        return sum(key in self.trained_on and key not in self.out_of_fold for key in map(data.key, complaints))
+        return sum(key in self.trained_on and key not in self.out_of_fold for key in map(splits.key, complaints))
 
 
 def check_target(to):
@@ -103,19 +103,19 @@ def annotate_table(classifier, table, to, columns, compute):
     check_target(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     partial, journal = Path(f"{to}.partial"), Path(f"{to}.partial.json")
-    work = {"table": data.file_fingerprint(table), "columns": columns,
-            "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
+    work = {"table": hashes.file_fingerprint(table), "columns": columns,
+            "classifier": hashes.file_fingerprint(classifier.run / "classifier.json")}
     before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
     fresh = {"work": work, "rows": 0, "bytes": 0, "cut": 0, "seen": 0, "labelled": 0}
     state = fresh | before if before.get("work") == work else fresh
 
-    skipped = data.Skipped()
-    pairs = data.iterate_pairs(table, needed=("complaint",), columns=columns, skipped=skipped)
+    skipped = tables.Skipped()
+    pairs = tables.iterate_pairs(table, needed=("complaint",), columns=columns, skipped=skipped)
     if state["rows"]:
         print(f"{to}: going on after row {state['rows']:,}")
         for _ in islice(pairs, state["rows"]):
             pass
-    chunk, total = list(islice(pairs, CHUNK)), data.count_rows(table)  # read before anything is written
+    chunk, total = list(islice(pairs, CHUNK)), tables.count_rows(table)  # read before anything is written
     if not chunk and not state["rows"]:
         raise InputError(f"{table}: no row could be scored; {skipped}")
     with open(partial, "r+" if state["rows"] else "w", encoding="utf-8", newline="") as file, \
@@ -146,7 +146,7 @@ def annotate_table(classifier, table, to, columns, compute):
 def annotated(classifier_run, table, columns, compute):
     """Path of the annotated table, made on the first call and kept in the classifier's run folder for the next ones."""
     classifier = Classifier.load(classifier_run, compute)
-    name = data.digest(data.file_fingerprint(table), columns)
+    name = hashes.digest(hashes.file_fingerprint(table), columns)
     to = Path(classifier_run) / "annotated" / f"{Path(table).stem}-{name}.jsonl"
     if to.exists():
         print(f"severity of {table} is known: {to}")

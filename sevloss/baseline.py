@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
-from sevloss.data import normalised
+from sevloss.splits import normalised
 
 
 def majority_logits(targets, rows):

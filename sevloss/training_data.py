@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sevloss import InputError, arabic, data, write_atomically
+from sevloss import InputError, arabic, data, hashes, splits, tables, write_atomically
 
 
 @dataclass
@@ -32,17 +32,17 @@ class TrainingRows:
         self.train_rows, self.validation_rows = train_rows, validation_rows
 
     def __iter__(self):
-        self.probabilities, self.validation, self.fingerprint, self.kept = [], [], data.Fingerprint(), 0
-        for pair in data.usable_pairs(self.table, **self.reading):
+        self.probabilities, self.validation, self.fingerprint, self.kept = [], [], hashes.Fingerprint(), 0
+        for pair in tables.usable_pairs(self.table, **self.reading):
             self.fingerprint.add(pair)
-            side = data.split_of(pair.complaint)
+            side = splits.split_of(pair.complaint)
             self.kept += side == "test"
             if side == "validation":
                 self.validation.append(pair)
             elif side == "train" and (self.train_rows is None or len(self.probabilities) < self.train_rows):
                 self.probabilities.append(pair.probabilities or (0.0, 1.0, 0.0))
                 yield pair
-        self.validation = data.some_of(self.validation, self.validation_rows)
+        self.validation = splits.some_of(self.validation, self.validation_rows)
         if not self.probabilities or not self.validation:
             raise InputError(f"{self.table} has too few complaints to train and validate on")
 
@@ -56,9 +56,9 @@ def prepare(rows, pairs, tokenizer, encode, **encoding):
 
 def remembered(folder, table, tokenizer, arguments, make):
     """make() -> Prepared; or what it gave before for the same table (name, size, time of change), tokenizer, arguments and code."""
-    code = [Path(module).read_bytes() for module in (__file__, data.__file__, arabic.__file__)]
-    parts = data.file_fingerprint(table), tokenizer.to_str(), arguments, code
-    path = Path(folder) / f"{Path(table).stem}-{data.digest(*parts)}.npz"
+    code = [Path(module).read_bytes() for module in (__file__, tables.__file__, splits.__file__, data.__file__, arabic.__file__)]
+    parts = hashes.file_fingerprint(table), tokenizer.to_str(), arguments, code
+    path = Path(folder) / f"{Path(table).stem}-{hashes.digest(*parts)}.npz"
     if path.is_file():
         print(f"{table} is encoded already: {path}")
         with np.load(path) as a:

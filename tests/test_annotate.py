@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from sevloss import InputError, annotate, checkpoint, data, device
+from sevloss import InputError, annotate, checkpoint, data, device, splits, tables
 from sevloss.models import load_model, save_model
 from sevloss.models.tiny import tiny_bert
 from sevloss.severity import CLASSES
@@ -75,7 +75,7 @@ def test_annotated_table(classifier, table, rows, tmp_path, capsys, ending):
     out = capsys.readouterr().out
     assert "49 rows" in out and "left out 1 rows: 1 without a complaint (row 28)" in out
     assert sorted(path.name for path in to.parent.iterdir()) == [to.name]  # nothing temporary is left
-    assert len(data.read_pairs(to, needed=("complaint", "severity", "critical"))) == 49  # and finetune.py reads it
+    assert len(tables.read_pairs(to, needed=("complaint", "severity", "critical"))) == 49  # and finetune.py reads it
 
 
 def test_probabilities_are_calibrated(classifier):
@@ -98,7 +98,7 @@ def test_long_complaints_are_cut_to_what_the_model_reads(classifier, tmp_path, w
 
 def test_out_of_fold_probabilities_are_used(run, table, rows, tmp_path, capsys):
     """For a complaint that the model was trained on, however it is punctuated; and the reader is told where there are none."""
-    keys = [data.key(rows[i]["Question"]) for i in (4, 9, 11)]
+    keys = [splits.key(rows[i]["Question"]) for i in (4, 9, 11)]
     folds = {keys[0]: [0.1, 0.2, 0.7], keys[1]: [0.6, 0.3, 0.1]}
     (run / "classifier.json").write_text(json.dumps({"temperature": 1.0, "out_of_fold": folds, "trained_on": keys}))
     classifier = annotate.Classifier.load(run, CPU)
@@ -225,7 +225,7 @@ def test_a_lone_carriage_return_stays_inside_its_cell(classifier, write_table, r
     table = write_table("table.jsonl", [{"Question": "صداع\rمن يومين", "Answer": "راحة"}, *rows[:3]])
     for ending in ("csv", "tsv"):
         annotate.annotate_table(classifier, table, tmp_path / f"new.{ending}", {}, CPU)
-        pairs = data.read_pairs(tmp_path / f"new.{ending}", needed=("complaint", "response"))
+        pairs = tables.read_pairs(tmp_path / f"new.{ending}", needed=("complaint", "response"))
         assert len(pairs) == 4 and pairs[0].complaint.split() == ["صداع", "من", "يومين"]
 
 

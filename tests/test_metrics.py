@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sevloss import data, device, metrics
+from sevloss import data, device, metrics, tables
 
 CPU = device.choose("cpu", "fp32")
 
 
 @pytest.fixture
 def examples(rows, tiny):
-    pairs = [data.Pair(i, row["Question"], row["Answer"], None, None, "", {}) for i, row in enumerate(rows[:20])]
+    pairs = [tables.Pair(i, row["Question"], row["Answer"], None, None, "", {}) for i, row in enumerate(rows[:20])]
     return data.encode_pairs(pairs, tiny[1], max_length=512, eos_id=0, preprocess="none")
 
 

@@ -1,0 +1,36 @@
+"""A table made ready for training: read once, remembered, and noticed when it has changed."""
+
+import numpy as np
+
+from sevloss import data, training_data
+from sevloss.models.tiny import tiny_gpt2
+
+
+def test_remembered(tiny, write_table, rows, tmp_path, monkeypatch):
+    """The second start reads no table; another table, tokenizer or argument is noticed."""
+    tokenizer, made = tiny[1], []
+    table = write_table("table.jsonl", rows)
+    reading = dict(needed=("complaint", "response", "critical"), columns={}, train_rows=None, validation_rows=5)
+    encoding = dict(max_length=60, eos_id=0, preprocess="none")
+
+    def ready(tokenizer=tokenizer, **encoding):
+        def make():
+            made.append(encoding)
+            table_rows = training_data.TrainingRows(table, **reading)
+            return training_data.prepare(table_rows, table_rows, tokenizer, data.encode_pairs, **encoding)
+        return training_data.remembered(tmp_path / "cache", table, tokenizer, (reading, encoding), make)
+
+    first, again = ready(**encoding), ready(**encoding)
+    assert len(made) == 1 and len(first.held_out) == 5
+    for one, other in ((first.examples, again.examples), (first.held_out, again.held_out)):
+        assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("ids", "starts", "first_target"))
+    assert np.array_equal(first.probabilities, again.probabilities) and first.probabilities.shape == (len(first.examples), 3)
+    assert (first.fingerprint, first.kept) == (again.fingerprint, again.kept)
+
+    ready(**encoding | {"max_length": 40})
+    ready(tiny_gpt2([row["Answer"] for row in rows], vocab_size=300)[1], **encoding)
+    table.write_text(table.read_text(encoding="utf-8").replace("أرق", "قلق"), encoding="utf-8")
+    ready(**encoding)
+    monkeypatch.setattr(data.arabic, "__file__", data.__file__)  # stands for changed code
+    ready(**encoding)
+    assert len(made) == 5
