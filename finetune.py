@@ -19,6 +19,7 @@ from sevloss.loss import linear_weighted_token_ce, severity_weights
 from sevloss.models import checkpoint_blocks, eos_ids, load_model, load_tokenizer, lora, save_model
 from sevloss.models.tiny import tiny_gpt2
 from sevloss.severity import parse_weighting
+from sevloss.training_rows import TrainingRows
 
 # "paper": what the published notebooks set; the README says what is wrong with it. Arguments that are given go before a recipe's.
 RECIPES = {"default": {}, "paper": dict(
@@ -119,7 +120,7 @@ def main():
         print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not asked")
     reading = dict(needed=("complaint", "response", "critical") if weighted else ("complaint", "response"), columns=columns,
                    train_rows=args.train_rows, validation_rows=VALIDATION_ROWS)
-    rows = training_data.TrainingRows(table, **reading)
+    rows = TrainingRows(table, **reading)
 
     # Model and tokenizer; seeded here, so that runs that differ only in their weights start from the same model
     device.seed_everything(args.seed)

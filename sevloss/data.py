@@ -1,7 +1,6 @@
 """Pairs -> token ids -> batches."""
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -11,8 +10,9 @@ import torch
 
 from sevloss import InputError, arabic
 from sevloss.device import to_device
+from sevloss.tables import ROWS_AT_ONCE
+from sevloss.tokenizer import WordEncoder, words_stand_alone
 
-ROWS_AT_ONCE = 4096  # of a table, that the tokenizer gets
 PROMPT = "\n{complaint}\n\nالاجابة:\n"
 
 
@@ -55,6 +55,11 @@ def encode_prompts(tokenizer, complaints, limit, prompt=PROMPT):
     never the words after it. Returns (list of id lists, number of complaints cut)."""
     limits = [limit] * len(complaints) if isinstance(limit, int) else limit
     ids = encode(tokenizer, [prompt.format(complaint=c) for c in complaints], special=True)
+    return ids, cut_prompts(tokenizer, ids, complaints, limits, prompt)
+
+
+def cut_prompts(tokenizer, ids, complaints, limits, prompt=PROMPT):
+    """Cuts complaints whose prompt has too many ids, in place; returns their number."""
     cut = 0
     for i, most in enumerate(limits):
         keep = len(ids[i])
@@ -66,7 +71,7 @@ def encode_prompts(tokenizer, complaints, limit, prompt=PROMPT):
                 raise InputError(f"{most} tokens are too few for a prompt: raise --max-length")
             shorter = complaints[i][:offsets[min(keep, len(offsets)) - 1][1]]
             ids[i] = tokenizer.encode(prompt.format(complaint=shorter)).ids
-    return ids, cut
+    return cut
 
 
 @dataclass
@@ -92,28 +97,36 @@ class Examples:
 
 
 def encode_pairs(pairs, tokenizer, *, max_length, eos_id, preprocess):
-    """PROMPT and response encoded apart and joined, then EOS, at most max_length ids. Prints what was cut.
+    """PROMPT and response encoded apart and joined, then EOS, at most max_length ids. Prints what was cut. pairs: any iterable.
 
-    Where a pair is too long, the prompt keeps at least half of max_length; a response that is cut has no EOS. pairs: any iterable; while
-    it gives the next, a thread of its own encodes those that it gave before.
+    Where a pair is too long, the prompt keeps at least half of max_length; a response that is cut has no EOS.
     """
-    def encode_part(part):
-        responses = encode(tokenizer, [prepare(p.response, preprocess) for p in part], special=False)
-        limits = [max(max_length // 2, max_length - len(r) - 1) for r in responses]
-        prompts, cut = encode_prompts(tokenizer, [prepare(p.complaint, preprocess) for p in part], limits)
-        joined = [prompt + (response + [eos_id])[:max_length - len(prompt)] for prompt, response in zip(prompts, responses)]
-        cut_responses = sum(len(p) + len(r) + 1 > max_length for p, r in zip(prompts, responses))
-        # as arrays, since lists of Python numbers are large
-        return np.fromiter(chain.from_iterable(joined), np.int32), [*map(len, joined)], [*map(len, prompts)], cut, cut_responses
+    pairs, by_words, eos = iter(pairs), WordEncoder(tokenizer) if words_stand_alone(tokenizer) else None, np.array([eos_id], np.int32)
+    ids, first_target, lengths, complaints_cut, responses_cut = [], [], [], 0, 0
+    while part := list(islice(pairs, ROWS_AT_ONCE)):
+        complaints, responses = [prepare(p.complaint, preprocess) for p in part], [prepare(p.response, preprocess) for p in part]
+        prompts = [PROMPT.format(complaint=complaint) for complaint in complaints]
+        if by_words:
+            encoded = by_words(prompts + responses)
+        else:
+            encoded = encode(tokenizer, prompts, special=True) + encode(tokenizer, responses, special=False)
+            encoded = [np.array(text, np.int32) for text in encoded]
+        prompts, responses = encoded[:len(part)], encoded[len(part):]
+        limits = [max(max_length // 2, max_length - len(response) - 1) for response in responses]
+        complaints_cut += cut_prompts(tokenizer, prompts, complaints, limits)
 
-    pairs = iter(pairs)
-    with ThreadPoolExecutor(1) as thread:  # the tokenizer needs no Python, so reading goes on beside it
-        parts = list(thread.map(encode_part, iter(lambda: list(islice(pairs, ROWS_AT_ONCE)), [])))
-    ids, lengths, first_target, cut_prompts, cut_responses = zip(*parts)
-    if any(cut_prompts + cut_responses):
-        print(f"  of {sum(map(len, lengths)):,} pairs {sum(cut_prompts):,} complaints and {sum(cut_responses):,} responses were cut to fit "
+        first_target += map(len, prompts)
+        wanted = [len(prompt) + len(response) + 1 for prompt, response in zip(prompts, responses)]
+        ends = [eos] * len(part)
+        for i in [i for i, length in enumerate(wanted) if length > max_length]:
+            responses[i], ends[i] = responses[i][:max_length - len(prompts[i])], eos[:0]
+            responses_cut += 1
+        lengths += [min(length, max_length) for length in wanted]
+        ids.append(np.concatenate(list(chain.from_iterable(zip(prompts, responses, ends))), dtype=np.int32))
+    if complaints_cut or responses_cut:
+        print(f"  of {len(lengths):,} pairs {complaints_cut:,} complaints and {responses_cut:,} responses were cut to fit "
               f"{max_length} tokens")
-    return Examples(np.concatenate(ids), np.cumsum([0, *chain(*lengths)]), np.fromiter(chain(*first_target), np.int64))
+    return Examples(np.concatenate(ids), np.cumsum([0, *lengths]), np.array(first_target))
 
 
 def encode_published(pairs, tokenizer, *, max_length, eos_id, preprocess):

@@ -16,7 +16,8 @@ class Fingerprint:
             self.add(pair)
 
     def add(self, pair):
-        self.digest.update(repr((pair.complaint, pair.response, pair.severity, pair.probabilities)).encode())
+        about = len(pair.complaint), len(pair.response), pair.severity, pair.probabilities
+        self.digest.update(f"{about}{pair.complaint}{pair.response}".encode())
 
     def __str__(self):
         return self.digest.hexdigest()

@@ -7,14 +7,15 @@ import re
 import unicodedata
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 from python_calamine import CalamineError, CalamineWorkbook
 
 from sevloss import InputError
 
+ROWS_AT_ONCE = 8192  # of a large table, that go through training's preparation together
 SAMPLE = os.path.relpath(Path(__file__).resolve().parent.parent / "data" / "sample.jsonl")
 
 # What a column is called, role by role; case, spaces, hyphens and underscores do not count.
@@ -184,8 +185,7 @@ def parse_columns(words):
 
 # --- pairs ----------------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Pair:
+class Pair(NamedTuple):
     row: int  # in the table
     complaint: str
     response: str

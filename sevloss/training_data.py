@@ -1,11 +1,14 @@
 """A table made ready for fine-tuning: its training rows, a few to validate on, all as numbers, kept for the next start."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from sevloss import InputError, arabic, data, hashes, splits, tables, write_atomically
+from sevloss import arabic, data, hashes, splits, tables, tokenizer, training_rows, write_atomically
+
+CODE = [Path(module.__file__) for module in (tables, splits, training_rows, data, tokenizer, arabic)]  # what the ids depend on
 
 
 @dataclass
@@ -18,46 +21,20 @@ class Prepared:
     kept: int  # rows of the test split
 
 
-class TrainingRows:
-    """Iterating gives the training pairs of a table, the first `train_rows` of them. After that it also knows
-
-    probabilities   one tuple for each
-    validation      at most `validation_rows` pairs, the same ones always
-    fingerprint     of all rows
-    kept            how many rows are in the test split
-    """
-
-    def __init__(self, table, *, needed, columns, train_rows, validation_rows):
-        self.table, self.reading = table, dict(needed=needed, columns=columns)
-        self.train_rows, self.validation_rows = train_rows, validation_rows
-
-    def __iter__(self):
-        self.probabilities, self.validation, self.fingerprint, self.kept = [], [], hashes.Fingerprint(), 0
-        for pair in tables.usable_pairs(self.table, **self.reading):
-            self.fingerprint.add(pair)
-            side = splits.split_of(pair.complaint)
-            self.kept += side == "test"
-            if side == "validation":
-                self.validation.append(pair)
-            elif side == "train" and (self.train_rows is None or len(self.probabilities) < self.train_rows):
-                self.probabilities.append(pair.probabilities or (0.0, 1.0, 0.0))
-                yield pair
-        self.validation = splits.some_of(self.validation, self.validation_rows)
-        if not self.probabilities or not self.validation:
-            raise InputError(f"{self.table} has too few complaints to train and validate on")
-
-
 def prepare(rows, pairs, tokenizer, encode, **encoding):
     """rows: TrainingRows; pairs: themselves once more, or the list that they gave; encode: data.encode_pairs or data.encode_published."""
-    examples = encode(pairs, tokenizer, **encoding)
+    gc.disable()  # of the millions of objects made here none refers to itself; looking for that takes a tenth of the time
+    try:
+        examples = encode(pairs, tokenizer, **encoding)
+    finally:
+        gc.enable()
     return Prepared(examples, data.encode_pairs(rows.validation, tokenizer, **encoding), np.array(rows.probabilities, np.float32),
-                    str(rows.fingerprint), rows.kept)
+                    rows.fingerprint, rows.kept)
 
 
 def remembered(folder, table, tokenizer, arguments, make):
     """make() -> Prepared; or what it gave before for the same table (name, size, time of change), tokenizer, arguments and code."""
-    code = [Path(module).read_bytes() for module in (__file__, tables.__file__, splits.__file__, data.__file__, arabic.__file__)]
-    parts = hashes.file_fingerprint(table), tokenizer.to_str(), arguments, code
+    parts = hashes.file_fingerprint(table), tokenizer.to_str(), arguments, [path.read_bytes() for path in (Path(__file__), *CODE)]
     path = Path(folder) / f"{Path(table).stem}-{hashes.digest(*parts)}.npz"
     if path.is_file():
         print(f"{table} is encoded already: {path}")

@@ -34,5 +34,5 @@ def test_sides_are_80_10_10_and_do_not_depend_on_the_table():
 def test_fingerprint_sees_every_change():
     pair = tables.Pair(1, "a", "b", 2, (0.0, 0.5, 0.5), "", {})
     changed = [("complaint", "c"), ("response", "c"), ("severity", None), ("probabilities", (0.0, 0.4, 0.6))]
-    pairs = [pair, *(tables.Pair(**{**vars(pair), name: to}) for name, to in changed)]
+    pairs = [pair, *(pair._replace(**{name: to}) for name, to in changed)]
     assert len({str(hashes.Fingerprint([p])) for p in pairs}) == 5

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -122,7 +123,8 @@ def build(family, raw):
         if isinstance(field.default, (int, float)) and not isinstance(value, (int, float, type(None))):
             raise InputError(f"{what} gives {field.name} as {value!r}: write it as {field.default!r} is written")
     config = family.Config(**{field.name: raw[field.name] for field in fields(family.Config) if field.name in raw})
-    with torch.device("meta"):
+    # The values come later. Filling an embedding's on the meta device would import torch._dynamo, which takes a second.
+    with torch.device("meta"), patch.object(torch.nn.Embedding, "reset_parameters"):
         model = family(config)
     if wrong := [i for i in eos_ids(model) if not 0 <= i < config.vocab_size]:
         raise InputError(f"config.json gives eos_token_id {wrong[0]}, outside the vocabulary of {config.vocab_size}")
