@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from sevloss import arabic
 from sevloss.arabic import preprocess, unpreprocess
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("arabic.json").read_text(encoding="utf-8"))
@@ -95,3 +97,13 @@ def test_unpreprocess_moves_nothing_but_spaces(row):
 
 def test_unpreprocess_of_many_spaces_is_fast():
     assert unpreprocess('"' + " " * 20_000) == '"'  # a model that repeats itself; cubic in the original
+
+
+def test_words_by_themselves_give_what_the_text_gives():
+    """Nothing reaches over white space, but for what &, < and :// begin."""
+    pieces = [*"  \n\t\u00a0ابتء١3٪،؟.,:;!?\"'`—-_/\\@#%()[]{}~^|>«»👍\u064bـABcom", "www.", "http", "https:", "https:ـ// ab.com",
+              "x@y.z", "ااا", "...", "amp;", "<b", "<br />", "&amp;", "&lt;", "http://a.b"]
+    chance = Random(0)
+    for _ in range(20_000):
+        text = "".join(chance.choices(pieces, k=chance.randrange(20)))
+        assert arabic.preprocess(text) == arabic._steps(text), text
