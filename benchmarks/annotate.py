@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from turns import machine, need, print_row, ratio, take_turns
+from turns import DTYPE, machine, need, print_row, ratio, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sevloss import annotate, device, tables  # noqa: E402
@@ -39,7 +39,7 @@ def main():
     parser.add_argument("--data", default=tables.SAMPLE)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=DTYPE)
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     need("transformers")

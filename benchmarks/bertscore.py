@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from turns import machine, need, print_row, ratio, take_turns
+from turns import DTYPE, machine, need, print_row, ratio, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sevloss import check_positive, command, device, tables  # noqa: E402
@@ -64,7 +64,7 @@ def main():
     candidates, references = choose_texts(args.data, args.rows)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(args.ckpt, candidates + references, folder)
-        ours = {dtype: Scorer.load(folder, args.layer, compute=device.choose("cpu", dtype)) for dtype in ("fp32", "bf16")}
+        ours = {dtype: Scorer.load(folder, args.layer, compute=device.choose("cpu", dtype)) for dtype in {"fp32", DTYPE}}
         package = BERTScorer(model_type=folder, num_layers=args.layer, device="cpu")
     scorers = {"package": package, **ours}
     seconds, scores = take_turns({name: lambda scorer=scorer: scorer.score(candidates, references)[2] for name, scorer in scorers.items()},

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models
-from turns import machine, need, print_row, ratio, take_turns
+from turns import DTYPE, machine, need, print_row, ratio, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sevloss.generate import generate  # noqa: E402
@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=64_000)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=DTYPE)
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     need("transformers")

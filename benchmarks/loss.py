@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from turns import machine, memory, print_row, ratio, reset_peak
+from turns import DTYPE, machine, memory, print_row, ratio, reset_peak
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sevloss.loss import linear_weighted_token_ce  # noqa: E402
@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=64_000)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=DTYPE)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--without-torch", action="store_true", help="leave F.linear_cross_entropy out: it takes ten times as long")
     args = parser.parse_args()

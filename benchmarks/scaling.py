@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py [--model gpt2|qwen-lora] [--lengths 16 64 256 900] [--rows 1 4 16 64] [--most-tokens 16384]
 
-Forward, loss and backward pass of benchmarks/step.py's models, without the optimizer; random ids, every second token supervised, bf16.
+Forward, loss and backward pass of benchmarks/step.py's models, without the optimizer; random ids, every second token supervised, bf16
+where the processor has it.
 Lengths above 16 differ by up to a tenth, so that hardly two documents share an attention call: the worst case on a CPU. Microseconds a
 token, the median of --repeat steps. A column of the table that stays level says that length costs nothing; a row that falls says that few
 tokens cannot fill the processor.
@@ -15,7 +16,7 @@ import tempfile
 import numpy as np
 import step
 import torch
-from turns import machine
+from turns import DTYPE, machine
 
 
 def documents(rows, length, vocabulary):
@@ -33,11 +34,12 @@ def main():
     parser.add_argument("--most-tokens", type=int, default=16_384, help="combinations with more are left out")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
-    args.dtype, args.data = "bf16", step.tables.SAMPLE
+    args.dtype, args.data = DTYPE, step.tables.SAMPLE
     with tempfile.TemporaryDirectory() as folder:
         step.make_checkpoint(args, folder)
         side = step.Ours(args, folder)
-    print(f"{args.model}, bf16, {machine()}; microseconds a token\n{'tokens a document':>18} " + "".join(f"{r:>8} rows" for r in args.rows))
+    print(f"{args.model}, {DTYPE}, {machine()}; microseconds a token\n"
+          f"{'tokens a document':>18} " + "".join(f"{r:>8} rows" for r in args.rows))
     for length in args.lengths:
         cells = []
         for rows in args.rows:

@@ -3,8 +3,8 @@
     python benchmarks/step.py [--model gpt2|qwen-lora] [--data TABLE] [--examples 16] [--steps 6] [--pad-to 512] [--allocator default|tuned]
 
 gpt2: GPT-2's base shape with 64,000 words, all of it trained; qwen-lora: the shape of Qwen2.5-0.5B, LoRA of rank 16 on q_proj and
-v_proj, the base in bf16. Weights are random, dropout is 0, pairs are real, matrix products run in bf16 (--dtype fp32: in fp32), AdamW is
-fused on both sides. The peer pads each batch to its longest row, or to --pad-to tokens as the published notebooks do. Each side is a
+v_proj, the base in bf16. Weights are random, dropout is 0, pairs are real, matrix products run in bf16 where the processor has it (and
+with --dtype bf16), else all is fp32. AdamW is fused on both sides. The peer pads each batch to its longest row, or to --pad-to tokens as the published notebooks do. Each side is a
 process of its own, and they take turns step by step; the losses of the first step must agree to 0.5% (fp32: 1e-5). sevloss tells glibc
 by itself to keep freed memory (device.keep_freed_memory); --allocator tuned tells both processes, by environment variables, so that the
 peer gains as much.
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from turns import machine, need, print_row
+from turns import DTYPE, machine, need, print_row
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sevloss import data, device, tables  # noqa: E402
@@ -170,7 +170,7 @@ def main():
     parser.add_argument("--examples", type=int, default=16, help="per step")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--pad-to", type=int, default=0, help="tokens; 0: to the longest row of the batch")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=DTYPE)
     parser.add_argument("--allocator", choices=("default", "tuned"), default="default")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

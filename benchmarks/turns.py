@@ -9,6 +9,10 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sevloss.device import cpu_has_bf16  # noqa: E402
+
+DTYPE = "bf16" if cpu_has_bf16() else "fp32"  # what is measured unless --dtype says otherwise
 PEERS = {"transformers": "transformers==5.23.0", "peft": "peft==0.21.2", "datasets": "datasets==5.2.0", "pandas": "pandas",
          "bert_score": "bert-score==0.3.13", "openpyxl": "openpyxl"}
 
@@ -38,9 +42,10 @@ def ratio(seconds, to):
 
 
 def machine():
-    """Threads, allocator and version, which are the same for both sides."""
+    """Threads, processor, allocator and version, which are the same for both sides."""
     tuned = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))]
-    return f"{torch.get_num_threads()} threads, allocator {' '.join(tuned) or 'default'}, torch {torch.__version__}"
+    return (f"{torch.get_num_threads()} threads, bf16 {'in hardware' if cpu_has_bf16() else 'emulated'}, "
+            f"allocator {' '.join(tuned) or 'default'}, torch {torch.__version__}")
 
 
 def memory(process="self"):

@@ -51,15 +51,14 @@ def encode_and_cut(tokenizer, texts, max_length):
 
 
 def encode_prompts(tokenizer, complaints, limit, prompt=PROMPT):
-    """Ids of the prompt for each complaint (limit: the most ids, a number or one each); a complaint that is too long loses its end,
-    never the words after it. Returns (list of id lists, number of complaints cut)."""
-    limits = [limit] * len(complaints) if isinstance(limit, int) else limit
+    """Ids of the prompt for each complaint, at most `limit` of them: a complaint that is too long loses its end, never the words after it.
+    Returns (list of id lists, number of complaints cut)."""
     ids = encode(tokenizer, [prompt.format(complaint=c) for c in complaints], special=True)
-    return ids, cut_prompts(tokenizer, ids, complaints, limits, prompt)
+    return ids, cut_prompts(tokenizer, ids, complaints, [limit] * len(complaints), prompt)
 
 
 def cut_prompts(tokenizer, ids, complaints, limits, prompt=PROMPT):
-    """Cuts complaints whose prompt has too many ids, in place; returns their number."""
+    """Cuts complaints until the ids of their prompt are no more than the limit of each; `ids` is changed. Returns how many were cut."""
     cut = 0
     for i, most in enumerate(limits):
         keep = len(ids[i])
@@ -118,9 +117,10 @@ def encode_pairs(pairs, tokenizer, *, max_length, eos_id, preprocess):
         first_target += map(len, prompts)
         wanted = [len(prompt) + len(response) + 1 for prompt, response in zip(prompts, responses)]
         ends = [eos] * len(part)
-        for i in [i for i, length in enumerate(wanted) if length > max_length]:
-            responses[i], ends[i] = responses[i][:max_length - len(prompts[i])], eos[:0]
-            responses_cut += 1
+        for i, length in enumerate(wanted):
+            if length > max_length:
+                responses[i], ends[i] = responses[i][:max_length - len(prompts[i])], eos[:0]
+                responses_cut += 1
         lengths += [min(length, max_length) for length in wanted]
         ids.append(np.concatenate(list(chain.from_iterable(zip(prompts, responses, ends))), dtype=np.int32))
     if complaints_cut or responses_cut:

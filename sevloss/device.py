@@ -43,6 +43,11 @@ class Compute:
         return f"device {self.device}, {name}: {self.reason}{tf32}"
 
 
+def cpu_has_bf16():
+    """Whether this processor multiplies bf16 in hardware; else bf16 is several times slower than fp32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def choose(device="auto", dtype="auto", *, small=False):
     """device: auto|cpu|cuda|cuda:N, dtype: auto|fp32|bf16|fp16 -> Compute. small: a model too small to gain from 16 bits."""
     if device == "auto":
@@ -69,7 +74,7 @@ def choose(device="auto", dtype="auto", *, small=False):
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return Compute(device, torch.bfloat16, "this GPU multiplies bf16 in hardware; its range needs no GradScaler")
         return Compute(device, torch.float16, "this GPU has fp16 but no bf16 tensor cores; a GradScaler keeps gradients in range")
-    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+    if cpu_has_bf16():
         return Compute(device, torch.bfloat16, "this processor multiplies bf16 in hardware")
     return Compute(device, torch.float32, "this processor has no bf16 instructions")
 

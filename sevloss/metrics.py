@@ -102,7 +102,7 @@ def answer_scores(complaints, answers, references, unfinished):
 
 # sacrebleu's default tokenizer, 13a, splits at ASCII punctuation alone: to it "نعم،" and "نعم" are two words. In data/sample.jsonl
 # every fifteenth word of the responses keeps a mark that way, with "intl" none: it splits at all punctuation, and not at diacritics.
-# effective_order: an answer of three words has no 4-gram, which must not make its score 0. Only for single rows.
+# effective_order: an answer of three words has no 4-gram, which must not make its score 0.
 TOKENIZER = "intl"
 
 
@@ -116,14 +116,6 @@ def bleu(answers, references):
     """(n,) BLEU of each row, 0 to 100 (Papineni et al. 2002; sacrebleu), over the n-gram orders that the answer is long enough for."""
     score = BLEU(tokenize=TOKENIZER, effective_order=True)
     return np.array([score.sentence_score(a, [r]).score for a, r in zip(answers, references, strict=True)])
-
-
-def corpus_scores(answers, references):
-    """{"chrF", "BLEU"}, 0 to 100, of all rows as one text: what papers report. It is not the mean over the rows."""
-    if not answers:
-        return {"chrF": math.nan, "BLEU": math.nan}
-    bleu_score = BLEU(tokenize=TOKENIZER, force=True)  # force: no warning about texts that look tokenized
-    return {"chrF": CHRF().corpus_score(answers, [references]).score, "BLEU": bleu_score.corpus_score(answers, [references]).score}
 
 
 def _letters(text, form):
