@@ -4,10 +4,10 @@
 
 gpt2: GPT-2's base shape with 64,000 words, all of it trained; qwen-lora: the shape of Qwen2.5-0.5B, LoRA of rank 16 on q_proj and
 v_proj, the base in bf16. Weights are random, dropout is 0, pairs are real, matrix products run in bf16 where the processor has it (and
-with --dtype bf16), else all is fp32. AdamW is fused on both sides. The peer pads each batch to its longest row, or to --pad-to tokens as the published notebooks do. Each side is a
-process of its own, and they take turns step by step; the losses of the first step must agree to 0.5% (fp32: 1e-5). sevloss tells glibc
-by itself to keep freed memory (device.keep_freed_memory); --allocator tuned tells both processes, by environment variables, so that the
-peer gains as much.
+with --dtype bf16), else all is fp32. AdamW is fused on both sides. The peer pads each batch to its longest row, or to --pad-to tokens as
+the published notebooks do. Each side is a process of its own, and they take turns step by step; the losses of the first step must agree to
+0.5% (fp32: 1e-5). sevloss tells glibc by itself to keep freed memory (device.keep_freed_memory); --allocator tuned tells both processes,
+by environment variables, so that the peer gains as much.
 """
 
 import argparse
