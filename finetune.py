@@ -131,6 +131,7 @@ def main():
         model, tokenizer = tiny_gpt2(texts)
     else:
         file_fingerprint(table)  # refuses a table that is not there, before a large model is loaded
+        rows.begin()  # a large table is read while the model is loaded
         # a frozen base in the dtype it is computed in: autocast would cast it anew at every use
         model = load_model(args.ckpt, dtype=compute.dtype if args.lora else torch.float32)
         tokenizer = load_tokenizer(args.ckpt)
@@ -138,18 +139,6 @@ def main():
     if not hasattr(model, "head_weight") or not eos_ids(model):
         raise InputError(f"{args.ckpt} is no causal language model with an end-of-text token: nothing to fine-tune")
     model.raw_config["sevloss"] = {"prompt": data.PROMPT, "preprocess": preprocess}
-
-    # Table -> pairs -> splits -> ids
-    max_length = min(args.max_length, model.config.context)
-    encoding = dict(max_length=max_length, eos_id=eos_ids(model)[0], preprocess=preprocess,
-                    encode=data.encode_published if args.supervise == "row" else data.encode_pairs)
-    if args.ckpt == "tiny":
-        ready = training_data.prepare(rows, pairs, tokenizer, **encoding)
-    else:
-        ready = training_data.remembered("runs/cache", table, tokenizer, (reading, encoding | {"encode": args.supervise}),
-                                         lambda: training_data.prepare(rows, rows, tokenizer, **encoding))
-    examples, held_out = ready.examples, ready.held_out
-    print(f"{len(examples):,} pairs to train on, {len(held_out):,} to validate on, {ready.kept:,} kept for evaluate.py")
 
     if args.lora:
         lora.attach(model, args.lora, alpha=args.lora_alpha or 2 * args.lora, dropout=args.lora_dropout, targets=args.lora_targets)
@@ -161,15 +150,28 @@ def main():
     print(f"{args.ckpt}: {total:,} parameters, {learning:,} of them trainable ({learning / total:.2%}), "
           f"vocabulary {len(model.head_weight):,}, preprocessing {preprocess}")
 
+    # Optimizer; decay on matrices only
+    matrices, vectors = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=args.lr, fused=True)  # one kernel for all parameters; exists for CPU and CUDA
+
+    # Table -> pairs -> splits -> ids
+    max_length = min(args.max_length, model.config.context)
+    encoding = dict(max_length=max_length, eos_id=eos_ids(model)[0], preprocess=preprocess,
+                    encode=data.encode_published if args.supervise == "row" else data.encode_pairs)
+    if args.ckpt == "tiny":
+        ready = training_data.prepare(rows, pairs, tokenizer, **encoding)
+    else:
+        ready = training_data.remembered("runs/cache", rows, tokenizer, (reading, encoding | {"encode": args.supervise}),
+                                         lambda: training_data.prepare(rows, rows, tokenizer, **encoding))
+    examples, held_out = ready.examples, ready.held_out
+    print(f"{len(examples):,} pairs to train on, {len(held_out):,} to validate on, {ready.kept:,} kept for evaluate.py")
+
     # Severity -> one weight per example; with the normalisation folded in it is the weight of each of its tokens
     weights = severity_weights(torch.from_numpy(ready.probabilities), coefficients)
     show_weights(weights, coefficients)
     token_weights = weights.numpy() / (examples.targets if args.normalise == "example" else 1)
 
-    # Optimizer; decay on matrices only
-    matrices, vectors = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=args.lr, fused=True)  # one kernel for all parameters; exists for CPU and CUDA
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
     save_every = args.save_every or steps_per_epoch

@@ -32,11 +32,14 @@ def prepare(rows, pairs, tokenizer, encode, **encoding):
                     rows.fingerprint, rows.kept)
 
 
-def remembered(folder, table, tokenizer, arguments, make):
-    """make() -> Prepared; or what it gave before for the same table (name, size, time of change), tokenizer, arguments and code."""
+def remembered(folder, rows, tokenizer, arguments, make):
+    """make() -> Prepared; or what it gave before for the same table (name, size, time of change), tokenizer, arguments and code.
+    Then `rows`, a TrainingRows, are closed."""
+    table = rows.table
     parts = hashes.file_fingerprint(table), tokenizer.to_str(), arguments, [path.read_bytes() for path in (Path(__file__), *CODE)]
     path = Path(folder) / f"{Path(table).stem}-{hashes.digest(*parts)}.npz"
     if path.is_file():
+        rows.close()
         print(f"{table} is encoded already: {path}")
         with np.load(path) as a:
             return Prepared(data.Examples(a["ids"], a["starts"], a["first"]),

@@ -15,11 +15,12 @@ def test_remembered(tiny, write_table, rows, tmp_path, monkeypatch):
     encoding = dict(max_length=60, eos_id=0, preprocess="none")
 
     def ready(tokenizer=tokenizer, **encoding):
+        table_rows = TrainingRows(table, **reading)
+
         def make():
             made.append(encoding)
-            table_rows = TrainingRows(table, **reading)
             return training_data.prepare(table_rows, table_rows, tokenizer, data.encode_pairs, **encoding)
-        return training_data.remembered(tmp_path / "cache", table, tokenizer, (reading, encoding), make)
+        return training_data.remembered(tmp_path / "cache", table_rows, tokenizer, (reading, encoding), make)
 
     first, again = ready(**encoding), ready(**encoding)
     assert len(made) == 1 and len(first.held_out) == 5

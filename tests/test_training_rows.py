@@ -26,7 +26,7 @@ def test_same_rows_from_either_process(write_table, rows, beside, capsys, train_
     here, there = (TrainingRows(table, **READING | {"train_rows": train_rows}) for _ in range(2))
     expected = list(here._read())
     printed = capsys.readouterr().out
-    assert list(there) == expected and known(there) == known(here)
+    assert [pair._asdict() for pair in there] == [pair._asdict() for pair in expected] and known(there) == known(here)
     assert capsys.readouterr().out == printed and "1 without a complaint" in printed
 
 
@@ -56,6 +56,25 @@ def reading(write_table, rows, beside, monkeypatch):
     reading = iter(TrainingRows(table, **READING))
     next(reading)
     return reading, started[0]
+
+
+def test_reading_may_begin_before_the_rows_are_wanted(write_table, rows, beside, monkeypatch):
+    reader = TrainingRows(write_table("table.csv", rows), **READING)
+    reader.begin()
+    monkeypatch.setattr(TrainingRows, "begin", None)  # not once more
+    assert len(list(reader)) == len(reader.probabilities) > 0 and reader.reader is None
+
+
+@pytest.mark.parametrize("end", [TrainingRows.close, lambda rows: None])
+def test_rows_that_nobody_wants_leave_no_process(write_table, rows, beside, end):
+    """They were encoded before, or the checkpoint cannot be loaded."""
+    reader = TrainingRows(write_table("table.csv", rows * 9000), **READING)
+    reader.begin()
+    process = reader.reader
+    assert process.poll() is None
+    end(reader)
+    del reader
+    assert process.wait(timeout=10) == -9
 
 
 def test_an_end_of_the_other_process_is_one_line(reading):
