@@ -25,7 +25,7 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 WORD = re.compile(r"(?s:.)[^ ]*+(?:(?<=\s) [^ ]*+)*+")  # up to the next space that something other than white space precedes
-MOST_WORDS = 2 ** 19  # kept with their ids: 120 MB
+MOST_WORDS = 2 ** 19  # kept with their ids: about 90 MB
 
 
 def from_vocabulary(ckpt, path) -> Tokenizer:

@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from sevloss import data, training_data
+from sevloss import data, training_data, training_rows
 from sevloss.models.tiny import tiny_gpt2
 from sevloss.training_rows import TrainingRows
 
 
 def test_remembered(tiny, write_table, rows, tmp_path, monkeypatch):
-    """The second start reads no table; another table, tokenizer or argument is noticed."""
+    """The second start reads no table, and ends the process that has begun to; another table, tokenizer or argument is noticed."""
+    monkeypatch.setattr(training_rows, "LARGE", 0)
     tokenizer, made = tiny[1], []
     table = write_table("table.jsonl", rows)
     reading = dict(needed=("complaint", "response", "critical"), columns={}, train_rows=None, validation_rows=5)
@@ -16,11 +17,15 @@ def test_remembered(tiny, write_table, rows, tmp_path, monkeypatch):
 
     def ready(tokenizer=tokenizer, **encoding):
         table_rows = TrainingRows(table, **reading)
+        table_rows.begin()
+        process = table_rows.reader
 
         def make():
             made.append(encoding)
             return training_data.prepare(table_rows, table_rows, tokenizer, data.encode_pairs, **encoding)
-        return training_data.remembered(tmp_path / "cache", table_rows, tokenizer, (reading, encoding), make)
+        found = training_data.remembered(tmp_path / "cache", table_rows, tokenizer, (reading, encoding), make)
+        assert process.returncode is not None  # ended, and waited for
+        return found
 
     first, again = ready(**encoding), ready(**encoding)
     assert len(made) == 1 and len(first.held_out) == 5

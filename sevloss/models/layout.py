@@ -79,11 +79,10 @@ class Documents:
     def _attend_padded(self, q, k, v, dropout, scale, slopes=None, window=None):
         # Right padding inside attention only. With is_causal no real token sees padding, so no mask is needed and the
         # flash and memory-efficient kernels stay eligible.
-        rows, real, starts = self._cuda_rows()
+        rows, real, _, real_keys = self._cuda_rows()
         qp, kp, vp = (t[rows].transpose(1, 2) for t in (q, k, v))  # (B, H, T, d)
         seen = self._visible(self.longest, slopes, window, q.dtype)
         if not self.causal:
-            real_keys = torch.arange(self.longest, device=q.device) < starts.diff()[:, None]  # (B, T)
             seen = {"attn_mask": real_keys[:, None, None]}
         padded = _sdpa(qp, kp, vp, dropout_p=dropout, scale=scale, **seen)
         return padded.transpose(1, 2).flatten(0, 1)[real]  # (N, H, d)
@@ -103,14 +102,15 @@ class Documents:
 
     def _cuda_rows(self):
         """rows (B, T): where padded position (b, t) lies in the stream; real (N,): where token n lies in the padded batch;
-        starts (B + 1,): where documents begin."""
+        starts (B + 1,): where documents begin; real_keys (B, T)."""
         if self._rows is None:
             lengths = torch.tensor(self.lengths)
             starts = F.pad(lengths.cumsum(0), (1, 0))
             t = torch.arange(self.longest)
             rows = (starts[:-1, None] + t).clamp(max=int(starts[-1]) - 1)
-            real = (t < lengths[:, None]).flatten().nonzero().squeeze(1)
-            self._rows = tuple(to_device(t, self.device) for t in (rows, real, starts.to(torch.int32)))
+            real_keys = t < lengths[:, None]
+            real = real_keys.flatten().nonzero().squeeze(1)
+            self._rows = tuple(to_device(t, self.device) for t in (rows, real, starts.to(torch.int32), real_keys))
         return self._rows
 
 
