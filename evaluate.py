@@ -13,14 +13,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sevloss import InputError, arabic, check_positive, checkpoint, command, data, device, evaluation, hub, metrics, tables, terminal
-from sevloss.bertscore import Scorer
-from sevloss.evaluation_report import write_evaluation
+from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal
+from sevloss.evaluation import findings, scores
+from sevloss.evaluation.bertscore import Scorer
+from sevloss.evaluation.report import write_evaluation
 from sevloss.generate import generate
 from sevloss.hashes import Fingerprint, digest, file_fingerprint
+from sevloss.inputs import arabic, hub, tables
 from sevloss.models import eos_ids, load_model, load_tokenizer
 from sevloss.severity import CLASSES
-from sevloss.splits import some_of, split_pairs
+from sevloss.splits import sample_pairs, split_pairs
 
 ROWS_AT_ONCE = 64  # answered together; what a stop can lose
 # "paper": what the published notebooks do; their prompt ends where training's says "الاجابة:", and what comes before that is cut off.
@@ -58,7 +60,7 @@ def parse_arguments():
 
 
 def newest_run():
-    runs = [path.parent for path in Path("runs").glob("*/run.json") if evaluation.run_facts(path.parent).get("script") == "finetune.py"]
+    runs = [path.parent for path in Path("runs").glob("*/run.json") if findings.read_run_json(path.parent).get("script") == "finetune.py"]
     if not runs:
         raise InputError("there is no run yet: python finetune.py makes one, or name a run or checkpoint")
     return str(max(runs, key=lambda run: (run / "run.json").stat().st_mtime))
@@ -69,7 +71,7 @@ def test_rows(table, columns, most):
     pairs = split_pairs(tables.read_pairs(table, needed=("complaint", "response"), columns=columns))["test"]
     if not pairs:
         raise InputError(f"{table}: none of its complaints falls into the test split")
-    return sorted(some_of(pairs, most), key=lambda p: p.row)
+    return sorted(sample_pairs(pairs, most), key=lambda p: p.row)
 
 
 def class_of(pair):
@@ -82,11 +84,11 @@ def class_of(pair):
 def answer_rows(name, pairs, args, protocol, out):
     """Answers every complaint and scores every reference; returns the answers file. It is written as rows are done, the longest prompts
     first; the same call goes on where it was stopped, and what is complete is not done again."""
-    run = evaluation.run_facts(name)
+    run = findings.read_run_json(name)
     weights = file_fingerprint(hub.find_file(name, (*hub.ADAPTERS, *hub.WEIGHTS)))
     name_hash = digest(protocol, [(pair.row, pair.specialty) for pair in pairs], args.dtype, weights, "" if run else hub.full_name(name))
     path = Path(name) / "evaluation" / f"answers-{name_hash}.jsonl" if run else out / f"answers-{Path(name).name}-{name_hash}.jsonl"
-    head, records = evaluation.read_answers(path)
+    head, records = findings.read_answers(path)
     done = {record["row"] for record in records}
     left = [i for i, pair in enumerate(pairs) if pair.row not in done]
     if not left:
@@ -121,7 +123,7 @@ def answer_rows(name, pairs, args, protocol, out):
             file.write(json.dumps({"name": name, "run": run, "protocol": protocol}, ensure_ascii=False) + "\n")
         for start in range(0, len(left), ROWS_AT_ONCE):
             part = left[start:start + ROWS_AT_ONCE]
-            nll = metrics.response_nll(model, examples, compute, indices=part)
+            nll = scores.response_nll(model, examples, compute, indices=part)
             answers = generate(model, [prompts[i] for i in part], max_new_tokens=args.max_new_tokens, eos_ids=eos_ids(model),
                                temperature=args.temperature, top_p=args.top_p, seed=args.seed)
             for i, ids in zip(part, answers):
@@ -191,38 +193,38 @@ def _number(value):
     return "–" if value is None else f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
 
 
-@command
+@report_errors
 def main():
     args = parse_arguments()
     names = args.runs or [newest_run()]
     places = [Path(name).resolve() if Path(name).exists() else name for name in names]
     if twice := [name for name, place in zip(names, places) if places.count(place) > 1]:
         raise InputError(f"{twice[-1]} is given twice")
-    answers = {name: evaluation.load_answers(name) for name in names if Path(name).is_file()}
+    answers = {name: findings.load_answers(name) for name in names if Path(name).is_file()}
     models = [name for name in names if name not in answers]
     for name in models:
         hub.local_folder(name)  # refuses what cannot be loaded before any work is done
     out = Path(args.out or (Path(names[0]) if Path(names[0]).is_dir() else Path("runs")) / "evaluation")
     planned = []
     if models:
-        trained = next((facts for facts in map(evaluation.run_facts, models) if "table" in facts), {})
+        trained = next((facts for facts in map(findings.read_run_json, models) if "table" in facts), {})
         table, columns = args.data or trained.get("table", tables.SAMPLE), tables.parse_columns(args.columns)
         pairs = test_rows(table, columns if args.data else trained.get("columns", {}) | columns, args.rows)
         counts = [sum(class_of(p) == i for p in pairs) for i in range(3)]
         print(f"{len(pairs):,} test rows: " + ", ".join(f"{count:,} {name}" for count, name in zip(counts, CLASSES)))
         protocol = {"table": Path(table).name, "rows": len(pairs), "fingerprint": str(Fingerprint(pairs))}
         protocol |= {key: getattr(args, key) for key in ("recipe", "max_new_tokens", "max_length", "temperature", "top_p", "seed")}
-        planned = [evaluation.Answers(models[0], protocol, [], out)]
-    evaluation.check_same([*answers.values(), *planned])  # before hours of answering
+        planned = [findings.Answers(models[0], protocol, [], out)]
+    findings.check_same([*answers.values(), *planned])  # before hours of answering
     for name in models:
-        answers[name] = evaluation.load_answers(answer_rows(name, pairs, args, protocol, out))
-        answers[name].name, answers[name].run = name, evaluation.run_facts(name)  # not as typed then, maybe in another folder
+        answers[name] = findings.load_answers(answer_rows(name, pairs, args, protocol, out))
+        answers[name].name, answers[name].run = name, findings.read_run_json(name)  # not as typed then, maybe in another folder
     answers = [answers[name] for name in names]
     for a in answers:  # files that were brought from elsewhere may bear the same name
         a.name = str(a.path) if [b.name for b in answers].count(a.name) > 1 else a.name
 
     notes = []
-    found = evaluation.evaluate(answers, bert_scores(answers, args, notes), notes)
+    found = findings.evaluate(answers, bert_scores(answers, args, notes), notes)
     text = print_findings(found, answers, args.answers)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_lines(out / "table.txt", [text])

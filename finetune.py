@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sevloss import InputError, annotate, check_positive, checkpoint, command, data, device, metrics, tables, terminal, training_data
+from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal, training_data
+from sevloss.classifier import annotate
+from sevloss.evaluation import scores
 from sevloss.hashes import file_fingerprint
+from sevloss.inputs import tables
 from sevloss.loss import linear_weighted_token_ce, severity_weights
-from sevloss.models import checkpoint_blocks, eos_ids, load_model, load_tokenizer, lora, save_model
+from sevloss.models import enable_gradient_checkpointing, eos_ids, load_model, load_tokenizer, lora, save_model
 from sevloss.models.tiny import tiny_gpt2
 from sevloss.severity import parse_weighting
 from sevloss.training_rows import TrainingRows
@@ -104,7 +107,7 @@ def learning_rate(step, steps, warmup):
     return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
 
-@command
+@report_errors
 def main():
     args = parse_arguments()
     coefficients = parse_weighting(args.weighting)
@@ -143,7 +146,7 @@ def main():
     if args.lora:
         lora.attach(model, args.lora, alpha=args.lora_alpha or 2 * args.lora, dropout=args.lora_dropout, targets=args.lora_targets)
     if args.gradient_checkpointing:
-        checkpoint_blocks(model)
+        enable_gradient_checkpointing(model)
     model.to(compute.device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     total, learning = (sum(p.numel() for p in parameters) for parameters in (model.parameters(), trainable))
@@ -235,7 +238,7 @@ def main():
         bar.update()
 
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            score = metrics.per_token(metrics.response_nll(model, held_out, compute), held_out.targets)["nll"]  # unweighted, always
+            score = scores.per_token(scores.response_nll(model, held_out, compute), held_out.targets)["nll"]  # unweighted, always
             better = score < progress["best"]
             if better:
                 progress |= {"best": score, "best_step": step + 1}

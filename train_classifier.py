@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from sevloss import InputError, annotate, baseline, check_positive, checkpoint, command, data, device, hub, report, tables, terminal
+from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal
+from sevloss.classifier import annotate, baseline, report
 from sevloss.hashes import Fingerprint, file_fingerprint
+from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer, save_model
 from sevloss.models.tiny import tiny_bert
 from sevloss.severity import CLASSES, confusion_matrix, fit_temperature, scores
-from sevloss.splits import fraction, key, split_pairs
+from sevloss.splits import complaint_id, hash_fraction, split_pairs
 
 
 def parse_arguments():
@@ -82,8 +84,8 @@ def soft_targets(pairs):
     """Complaints without repetition and their targets (n, 3): where the same complaint has several labels, their shares."""
     counts, texts = defaultdict(lambda: [0, 0, 0]), {}
     for pair in pairs:
-        counts[key(pair.complaint)][pair.severity] += 1
-        texts.setdefault(key(pair.complaint), pair.complaint)
+        counts[complaint_id(pair.complaint)][pair.severity] += 1
+        texts.setdefault(complaint_id(pair.complaint), pair.complaint)
     targets = torch.tensor([counts[name] for name in texts], dtype=torch.float32)
     return list(texts.values()), targets / targets.sum(-1, keepdim=True)
 
@@ -116,7 +118,7 @@ def fit(args, compute, train, validation, preprocess, seed, *, label, log=None):
             model.train()
             began = time.perf_counter()
             chosen = sorted(order[position:position + args.batch_size], key=lambda i: len(ids[i]))
-            tokens, lengths = data.stream([ids[i] for i in chosen], compute.device)
+            tokens, lengths = data.pack([ids[i] for i in chosen], compute.device)
             with compute.autocast():
                 logits = model.classify(tokens, lengths)  # (B, 3)
             shares = device.to_device(targets[chosen], compute.device)  # (B, 3)
@@ -172,10 +174,10 @@ def make_folds(pairs, folds):
     """A list of (train, validation, scored), by complaint, so that none stands on two sides."""
     parts = []
     for fold in range(folds):
-        scored = [p for p in pairs if int(fraction(p.complaint, "fold") * folds) == fold]
-        others = [p for p in pairs if int(fraction(p.complaint, "fold") * folds) != fold]
-        validation = [p for p in others if fraction(p.complaint, "inner") < 0.125]
-        train = [p for p in others if fraction(p.complaint, "inner") >= 0.125]
+        scored = [p for p in pairs if int(hash_fraction(p.complaint, "fold") * folds) == fold]
+        others = [p for p in pairs if int(hash_fraction(p.complaint, "fold") * folds) != fold]
+        validation = [p for p in others if hash_fraction(p.complaint, "inner") < 0.125]
+        train = [p for p in others if hash_fraction(p.complaint, "inner") >= 0.125]
         if not (scored and train and validation):
             raise InputError(f"--folds {folds} leaves a fold of {len(pairs)} rows empty: use fewer")
         parts.append((train, validation, scored))
@@ -196,7 +198,7 @@ def out_of_fold(args, compute, pairs, preprocess):
     return ordered, {name: torch.cat(z) for name, z in parts.items()}
 
 
-@command
+@report_errors
 def main():
     args = parse_arguments()
     if args.annotate:  # what would fail should fail before hours of training
@@ -224,7 +226,7 @@ def train_and_save(args, compute):
         print(f"  {conflicts:,} complaints occur with different labels; their shares are the target")
     if not train or not validation:
         raise InputError(f"{table} has too few complaints to train and validate on")
-    before, known = Path(args.ckpt) / "classifier.json", {key(p.complaint) for p in train + validation}
+    before, known = Path(args.ckpt) / "classifier.json", {complaint_id(p.complaint) for p in train + validation}
     trained_on = set(hub.read_json(before)["trained_on"]) if before.is_file() else set()
     if args.folds:
         make_folds(train + validation, args.folds)  # refuses what cannot be split
@@ -263,7 +265,7 @@ def train_and_save(args, compute):
         results |= baselines(train, validation, validation)
         basis = f"{len(scored):,} validation rows, which also chose the epoch and the temperature: --folds 5 gives honest figures."
     calibrated, labels = results[f"{args.ckpt}, calibrated"], torch.tensor([p.severity for p in scored])
-    unseen = dict(zip((key(p.complaint) for p in scored), calibrated.softmax(-1).tolist())) if args.folds else {}
+    unseen = dict(zip((complaint_id(p.complaint) for p in scored), calibrated.softmax(-1).tolist())) if args.folds else {}
     checkpoint.write_json(run / "classifier.json", {
         "temperature": temperature, "scores": {name: scores(z, labels) for name, z in results.items()},
         "seeds": dict(zip(map(str, args.seed), by_seed)), "out_of_fold": unseen,

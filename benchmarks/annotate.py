@@ -16,7 +16,9 @@ import torch
 from turns import DTYPE, machine, need, print_row, ratio, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sevloss import annotate, device, tables  # noqa: E402
+from sevloss import device  # noqa: E402
+from sevloss.classifier import annotate  # noqa: E402
+from sevloss.inputs import tables  # noqa: E402
 from sevloss.models import from_scratch, load_model, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_bert  # noqa: E402
 

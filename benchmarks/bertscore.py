@@ -19,8 +19,9 @@ import torch
 from turns import DTYPE, machine, need, print_row, ratio, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sevloss import check_positive, command, device, tables  # noqa: E402
-from sevloss.bertscore import Scorer  # noqa: E402
+from sevloss import check_positive, device, report_errors  # noqa: E402
+from sevloss.evaluation.bertscore import Scorer  # noqa: E402
+from sevloss.inputs import tables  # noqa: E402
 from sevloss.models import from_scratch, load_model, load_tokenizer, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_bert  # noqa: E402
 
@@ -49,7 +50,7 @@ def choose_texts(table, rows):
     return chosen[::2], chosen[1::2]
 
 
-@command
+@report_errors
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="an encoder; default: random weights")

@@ -19,8 +19,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sevloss import InputError, checkpoint, command, evaluation, hub, splits, tables  # noqa: E402
-from sevloss.annotate import write_rows  # noqa: E402
+from sevloss import InputError, checkpoint, report_errors, splits  # noqa: E402
+from sevloss.classifier.annotate import write_rows  # noqa: E402
+from sevloss.evaluation.findings import findings  # noqa: E402
+from sevloss.inputs import hub, tables  # noqa: E402
 
 SETTINGS = {"none": "none", "mild": "mild", "balanced": "balanced", "strong": "strong", "shuffled": "balanced"}  # name -> weighting
 SCORES = ("NLL", "BERTScore F1", "chrF", "ROUGE-L", "urgent")
@@ -46,7 +48,7 @@ def call(*arguments):
 
 def train(run, name, seed, table, args):
     """Trains the run, or goes on with it, or leaves it if it is finished."""
-    facts = evaluation.run_facts(run)
+    facts = findings.read_run_json(run)
     if facts and (run / "validation.json").is_file() and json.loads((run / "validation.json").read_text())[-1][0] == facts["steps"]:
         return
     again = ["--resume"] if (run / "state" / "training.pt").is_file() else []
@@ -54,7 +56,7 @@ def train(run, name, seed, table, args):
          *args.finetune.split(), *again)
 
 
-@command
+@report_errors
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=tables.SAMPLE, help="table with severity probabilities (of train_classifier.py --annotate)")

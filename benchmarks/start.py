@@ -25,7 +25,8 @@ from turns import machine, need, print_row, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sevloss import splits, tables  # noqa: E402
+from sevloss import splits  # noqa: E402
+from sevloss.inputs import tables  # noqa: E402
 from sevloss.models import from_scratch, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_gpt2  # noqa: E402
 

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from turns import DTYPE, machine, need, print_row
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sevloss import data, device, tables  # noqa: E402
+from sevloss import data, device  # noqa: E402
+from sevloss.inputs import tables  # noqa: E402
 from sevloss.loss import linear_weighted_token_ce, severity_weights  # noqa: E402
 from sevloss.models import FAMILIES, build, initial, load_model, load_tokenizer, lora, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_gpt2  # noqa: E402

@@ -32,7 +32,7 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
-def command(main):
+def report_errors(main):
     """Decorates a script's main(): an InputError becomes one line and exit code 2, Ctrl-C one line and exit code 130."""
     @functools.wraps(main)
     def run():

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from sevloss import InputError, hub, write_atomically
+from sevloss import InputError, write_atomically
+from sevloss.inputs import hub
 from sevloss.models import save_model
 
 

@@ -8,10 +8,11 @@ from itertools import chain, islice
 import numpy as np
 import torch
 
-from sevloss import InputError, arabic
+from sevloss import InputError
 from sevloss.device import to_device
-from sevloss.tables import ROWS_AT_ONCE
-from sevloss.tokenizer import WordEncoder, words_stand_alone
+from sevloss.inputs import arabic
+from sevloss.inputs.tables import ROWS_AT_ONCE
+from sevloss.inputs.tokenizer_files import WordEncoder, words_stand_alone
 
 PROMPT = "\n{complaint}\n\nالاجابة:\n"
 
@@ -178,7 +179,7 @@ def micro_batches(lengths, indices, most_tokens):
     return parts
 
 
-def stream(id_lists, device="cpu"):
+def pack(id_lists, device="cpu"):
     """List of id lists -> tokens (N,), lengths."""
     tokens = torch.tensor(list(chain.from_iterable(id_lists)), dtype=torch.int64)
     return to_device(tokens, device), [len(ids) for ids in id_lists]

@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 from sevloss import InputError
-from sevloss.models.layout import Cache
+from sevloss.models.attention import KVCache
 
 
 @torch.inference_mode()
@@ -25,7 +25,7 @@ def generate(model, prompts, *, max_new_tokens, eos_ids=(), temperature=0.0, top
     answers = [[] for _ in prompts]
     generators = [_generator(seed, p) for p in prompts] if temperature else None
     rows = list(range(len(prompts)))  # row of the batch -> prompt
-    cache = Cache([len(p) for p in prompts], device)
+    cache = KVCache([len(p) for p in prompts], device)
     tokens = torch.tensor([i for p in prompts for i in p], device=device)
     last = torch.tensor([len(p) for p in prompts], device=device).cumsum(0) - 1
     for step in range(max_new_tokens):

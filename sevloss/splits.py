@@ -26,20 +26,20 @@ def normalised(complaint):
     return " ".join(unicodedata.normalize("NFKC", complaint).casefold().translate(_NORMALISED).split()) or complaint
 
 
-def fraction(complaint, salt=""):
+def hash_fraction(complaint, salt=""):
     """A number in [0, 1) that depends on the normalised complaint (and `salt`) alone, the same on every machine."""
     digest = hashlib.blake2b((salt + normalised(complaint)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2 ** 64
 
 
-def key(complaint):
+def complaint_id(complaint):
     """A short name of the normalised complaint."""
     return hashlib.blake2b(normalised(complaint).encode(), digest_size=8).hexdigest()
 
 
 def split_of(complaint):
     """'train', 'validation' or 'test': 80, 10 and 10 in a hundred. No complaint stands on two sides."""
-    position = fraction(complaint)
+    position = hash_fraction(complaint)
     return next(name for name, end in SPLITS if position < end)
 
 
@@ -51,6 +51,6 @@ def split_pairs(pairs):
     return sides
 
 
-def some_of(pairs, most):
+def sample_pairs(pairs, most):
     """At most `most` of the pairs, the same ones wherever they are chosen, in an order of their own."""
-    return sorted(pairs, key=lambda p: fraction(p.complaint, "order"))[:most]
+    return sorted(pairs, key=lambda p: hash_fraction(p.complaint, "order"))[:most]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sevloss import arabic, data, hashes, splits, tables, tokenizer, training_rows, write_atomically
+from sevloss import data, hashes, splits, training_rows, write_atomically
+from sevloss.inputs import arabic, tables, tokenizer_files
 
-CODE = [Path(module.__file__) for module in (tables, splits, training_rows, data, tokenizer, arabic)]  # what the ids depend on
+CODE = [Path(module.__file__) for module in (tables, splits, training_rows, data, tokenizer_files, arabic)]  # what the ids depend on
 
 
 @dataclass

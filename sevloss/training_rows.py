@@ -12,8 +12,9 @@ import weakref
 from itertools import islice
 from pathlib import Path
 
-from sevloss import InputError, splits, tables
+from sevloss import InputError, splits
 from sevloss.hashes import Fingerprint
+from sevloss.inputs import tables
 
 LARGE = 2 ** 22  # bytes: below that, another process would take longer to begin than it saves
 
@@ -65,7 +66,7 @@ class TrainingRows:
             elif side == "train" and (self.train_rows is None or len(self.probabilities) < self.train_rows):
                 self.probabilities.append(pair.probabilities or (0.0, 1.0, 0.0))
                 yield pair
-        self.validation, self.fingerprint = splits.some_of(self.validation, self.validation_rows), str(fingerprint)
+        self.validation, self.fingerprint = splits.sample_pairs(self.validation, self.validation_rows), str(fingerprint)
         if not self.probabilities or not self.validation:
             raise InputError(f"{self.table} has too few complaints to train and validate on")
 

@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from sevloss import arabic
-from sevloss.arabic import preprocess, unpreprocess
+from sevloss.inputs import arabic
+from sevloss.inputs.arabic import preprocess, unpreprocess
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("arabic.json").read_text(encoding="utf-8"))
 REAL = Path(__file__).parents[2] / "shared" / "golden" / "arabert_preprocess.json"

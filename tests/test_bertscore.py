@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from sevloss import InputError, bertscore, device
-from sevloss.bertscore import Scorer, bert_score
+from sevloss import InputError, device
+from sevloss.evaluation import bertscore
+from sevloss.evaluation.bertscore import Scorer, bert_score
 
 LONG = "خذ الدواء بعد الأكل " * 20
 EMPTY = ["", " ", "\n\t ", "\u200f"]  # a lone direction mark is no piece either
@@ -34,12 +35,12 @@ def fed(monkeypatch):
     passes = []
 
     def watch(scorer):
-        original = scorer.model.blocks_output
+        original = scorer.model.hidden_states
 
-        def blocks_output(tokens, lengths, layer):
+        def hidden_states(tokens, lengths, layer):
             passes.append([part.tolist() for part in tokens.split(lengths)])
             return original(tokens, lengths, layer)
-        monkeypatch.setattr(scorer.model, "blocks_output", blocks_output)
+        monkeypatch.setattr(scorer.model, "hidden_states", hidden_states)
         return passes
     return watch
 
@@ -154,8 +155,8 @@ def test_bf16_multiplies_in_bf16_is_near_and_comes_back_as_fp32(checkpoint, pair
 
 def test_fp32_is_full_fp32_even_where_training_allowed_tf32(checkpoint, monkeypatch):
     scorer, seen = Scorer.load(checkpoint, 2), []
-    original = scorer.model.blocks_output
-    monkeypatch.setattr(scorer.model, "blocks_output", lambda *a: seen.append(torch.get_float32_matmul_precision()) or original(*a))
+    original = scorer.model.hidden_states
+    monkeypatch.setattr(scorer.model, "hidden_states", lambda *a: seen.append(torch.get_float32_matmul_precision()) or original(*a))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

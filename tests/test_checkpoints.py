@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sevloss import InputError
-from sevloss.hub import WEIGHTS
+from sevloss.inputs.hub import WEIGHTS
 from sevloss.models import from_scratch, load_model, load_tokenizer, save_model
 
 CAUSAL = ["gpt2", "gpt2_scaled", "aragpt2", "bloom", "bloom_post", "llama", "qwen2", "qwen2_window", "qwen3", "lfm2"]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sevloss import compare
+from sevloss.evaluation import compare
 
 ZEROS = np.zeros(200)
 

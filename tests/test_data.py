@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sevloss import InputError, data, tables
+from sevloss import InputError, data
+from sevloss.inputs import tables
 
 
 def test_prompt():
@@ -150,6 +151,6 @@ def test_micro_batches(most):
     assert data.micro_batches(lengths, [], most) == []
 
 
-def test_stream():
-    tokens, lengths = data.stream([[1, 2], [3]])
+def test_pack():
+    tokens, lengths = data.pack([[1, 2], [3]])
     assert (tokens.tolist(), lengths) == ([1, 2, 3], [2, 1])

@@ -13,7 +13,9 @@ from conftest import call, lines, refusal
 
 import evaluate
 import finetune
-from sevloss import InputError, arabic, bertscore, checkpoint, data, evaluation, evaluation_report, hub, metrics, severity, splits, tables
+from sevloss import InputError, checkpoint, data, severity, splits
+from sevloss.evaluation import bertscore, findings, report
+from sevloss.inputs import arabic, hub, tables
 from sevloss.models import eos_ids, from_scratch, load_model, load_tokenizer, save_model
 
 
@@ -95,16 +97,16 @@ SHORT = ["--rows", 9, "--max-new-tokens", 8, "--dtype", "fp32", "--bertscore", "
 @pytest.fixture(scope="module", autouse=True)
 def pictures():
     """{name: function}: not called where the report is not looked at; drawing takes longer than all the rest."""
-    functions = {name: getattr(evaluation_report, name) for name in ("draw_scores", "draw_training", "draw_weights")}
+    functions = {name: getattr(report, name) for name in ("draw_scores", "draw_training", "draw_weights")}
     with pytest.MonkeyPatch.context() as patch:
         for name in functions:
-            patch.setattr(evaluation_report, name, lambda evaluation: None)
+            patch.setattr(report, name, lambda evaluation: None)
         yield functions
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """start(run, ..., arguments) -> evaluation.json, which may not hold what JSON does not have. Few rows, short answers."""
+    """start(run, ..., arguments) -> findings.json, which may not hold what JSON does not have. Few rows, short answers."""
     monkeypatch.chdir(tmp_path)
 
     def start(*arguments):
@@ -146,7 +148,7 @@ def means_of(found):
 def test_likelihood_is_that_of_a_loop(run, held_out, start):
     """Of every test row, one document at a time; means are sums over sums: of all rows, by class, weighted, by specialty."""
     means = means_of(start(run, "--rows", 2000))
-    answers = evaluation.load_answers(answers_of(run)).rows
+    answers = findings.load_answers(answers_of(run)).rows
     assert [row["row"] for row in answers] == [pair.row for pair in held_out]
     model, tokenizer = load_model(run), load_tokenizer(run)
     examples = data.encode_pairs(held_out, tokenizer, max_length=512, eos_id=eos_ids(model)[0], preprocess="arabert")
@@ -168,7 +170,7 @@ def test_likelihood_is_that_of_a_loop(run, held_out, start):
 def test_answers_are_the_models_own(run, held_out, start):
     """Greedy, from the prompt that it was trained with, with AraBERT's spaces undone; finished means that EOS came."""
     start(run, "--rows", 20)
-    answers, model, tokenizer = evaluation.load_answers(answers_of(run)).rows, load_model(run), load_tokenizer(run)
+    answers, model, tokenizer = findings.load_answers(answers_of(run)).rows, load_model(run), load_tokenizer(run)
     pairs = {pair.row: pair for pair in held_out}
     for answer in answers:
         pair = pairs[answer["row"]]
@@ -188,18 +190,18 @@ def test_answers_are_the_models_own(run, held_out, start):
 def test_two_models_and_their_report(run, start, tmp_path, monkeypatch, capsys, pictures):
     """Each is scored by its own answers; table, report and lines of rows say the same numbers."""
     for name, draw in pictures.items():
-        monkeypatch.setattr(evaluation_report, name, draw)
+        monkeypatch.setattr(report, name, draw)
     other = load_model(run)
     with torch.no_grad():
         other.head_weight.mul_(0.7)
     save_model(other, load_tokenizer(run), run / "best")
     names, found = [str(run), str(run / "best")], start(run, run / "best", "--rows", 2000)
-    means, scores = means_of(found), lines(tmp_path / "out" / "scores.jsonl")
+    means, row_scores = means_of(found), lines(tmp_path / "out" / "scores.jsonl")
     for name in names:
         rows = lines(answers_of(tmp_path / name))[1:]
-        assert means[name, "all", "words"] == pytest.approx(np.mean([len(metrics.words(row["answer"])) for row in rows]))
+        assert means[name, "all", "words"] == pytest.approx(np.mean([len(scores.words(row["answer"])) for row in rows]))
         assert means[name, "all", "unfinished"] == np.mean([not row["finished"] for row in rows])
-        assert {s["row"]: s["NLL"] for s in scores if s["run"] == name} == {
+        assert {s["row"]: s["NLL"] for s in row_scores if s["run"] == name} == {
             row["row"]: pytest.approx(row["nll"] / row["tokens"]) for row in rows}
     assert means[names[0], "all", "NLL"] < means[names[1], "all", "NLL"]
     sentence = next(c["sentence"] for c in found["comparisons"] if (c["score"], c["group"]) == ("NLL", "all"))
@@ -219,7 +221,7 @@ def test_how_it_draws_and_half_a_character(run, start, monkeypatch):
     assert tokenizer.decode(ids).endswith("\ufffd")
     start(run, "--temperature", 0.8, "--top-p", 0.9, "--seed", 7)
     assert {name: asked[0][name] for name in ("temperature", "top_p", "seed")} == {"temperature": 0.8, "top_p": 0.9, "seed": 7}
-    assert not any("\ufffd" in row["answer"] for row in evaluation.load_answers(answers_of(run)).rows)
+    assert not any("\ufffd" in row["answer"] for row in findings.load_answers(answers_of(run)).rows)
 
 
 def test_recipe_paper(run, monkeypatch):
@@ -307,9 +309,9 @@ def test_a_run_is_called_what_is_typed(run, start, tmp_path, monkeypatch, asked)
 
 def test_newest_run_and_its_table(base, tmp_path, monkeypatch):
     """Without arguments the newest run is taken, whatever its name; best/ is scored on the rows of its run."""
-    assert evaluation.run_facts(base)["script"] == "finetune.py" and evaluation.run_facts(base)["model"] == "last"
-    assert evaluation.run_facts(base / "best") == evaluation.run_facts(base) | {"model": "best"}
-    assert evaluation.run_facts(base / "state") == {}  # not everything in a run's folder is one of its models
+    assert findings.read_run_json(base)["script"] == "finetune.py" and findings.read_run_json(base)["model"] == "last"
+    assert findings.read_run_json(base / "best") == findings.read_run_json(base) | {"model": "best"}
+    assert findings.read_run_json(base / "state") == {}  # not everything in a run's folder is one of its models
     for name, script in (("runs/balanced", "finetune.py"), ("runs/finetune-001", "finetune.py"), ("runs/severity", "train_classifier.py")):
         checkpoint.write_run_json(tmp_path / name, script, {})
     for age, name in enumerate(("runs/severity", "runs/balanced", "runs/finetune-001")):
@@ -348,14 +350,14 @@ def test_going_on_where_it_stopped(answered, start, asked, cut, how):
         shutil.rmtree(answered / "evaluation")
         start(answered, *how)
     run, path = answered, answers_of(answered)
-    whole, expected = path.read_bytes(), evaluation.load_answers(path).rows
+    whole, expected = path.read_bytes(), findings.load_answers(path).rows
     left = CUTS[cut](whole, [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")])
     path.write_bytes(left)
-    rows = evaluation.read_answers(path)[1]
+    rows = findings.read_answers(path)[1]
     asked.clear()
     start(run, *how)
     assert sum(map(len, asked)) == 9 - len(rows)
-    found = evaluation.load_answers(path).rows
+    found = findings.load_answers(path).rows
     assert [row["answer"] for row in found] == [row["answer"] for row in expected]
     assert [row["nll"] for row in found] == pytest.approx([row["nll"] for row in expected], rel=1e-5)
     assert path.read_bytes().startswith(left[:left.rfind(b"\n") + 1])
@@ -434,11 +436,11 @@ def test_other_line_breaks_in_a_text(run, table, start, tmp_path):
     """U+2028, U+2029 and U+0085 end no line of JSON."""
     odd = [row | {"Question": row["Question"].replace("يوم", "يوم\u2028\u2029\x85")} for row in lines(table)]
     start(run, "--data", write(tmp_path / "odd.jsonl", odd))
-    assert "\u2028" in evaluation.load_answers(answers_of(run)).rows[0]["complaint"]
+    assert "\u2028" in findings.load_answers(answers_of(run)).rows[0]["complaint"]
     path = answers_of(run)
     path.write_bytes(path.read_bytes()[:-9])
     start(run, "--data", tmp_path / "odd.jsonl")
-    assert len(evaluation.load_answers(path).rows) == 9
+    assert len(findings.load_answers(path).rows) == 9
 
 
 def test_a_run_that_is_still_trained(answered, start):
@@ -465,7 +467,7 @@ def test_bertscore(answered, start, golden, loads, asked):
     """That of bert_score(); kept beside the answers, and computed anew for another encoder or block. Nothing is answered again."""
     encoder = shutil.copytree(golden / "bertscore", answered.parent / "encoder")
     found = start(answered, "--bertscore", encoder, "--bertscore-layer", 1)
-    rows = evaluation.load_answers(answers_of(answered)).rows
+    rows = findings.load_answers(answers_of(answered)).rows
     f1 = bertscore.bert_score([row["answer"] for row in rows], [row["reference"] for row in rows], encoder, 1)[2]
     assert means_of(found)[str(answered), "all", "BERTScore F1"] == pytest.approx(f1.mean().item(), rel=1e-5)
     header, (line,) = found["paper_table"]

@@ -6,14 +6,15 @@ import math
 import numpy as np
 import pytest
 
-from sevloss import checkpoint, compare, evaluation, evaluation_report, metrics
-from sevloss.evaluation import Answers, evaluate, settings_of
+from sevloss import checkpoint
+from sevloss.evaluation import compare, findings, report, scores
+from sevloss.evaluation.findings import Answers, evaluate, settings_of
 
 PROTOCOL = {"table": "t.csv", "rows": 60, "fingerprint": "0", "max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0}
 
 
 def run_of(**arguments):
-    """What run_facts gives: the arguments of finetune.py that matter here."""
+    """What read_run_json gives: the arguments of finetune.py that matter here."""
     facts = {"model": arguments.pop("model", "last"), "data_fingerprint": arguments.pop("fingerprint", "f")}
     defaults = {"ckpt": "gpt", "data": "t.csv", "classifier": None, "weighting": "none", "lr": 1e-3, "seed": 0, "device": "auto"}
     return facts | {"arguments": defaults | arguments, "coefficients": [1.0, 1.0, 1.0]}
@@ -48,7 +49,7 @@ def test_means_by_hand():
     a, f1 = answers_of("a"), np.linspace(0.5, 0.9, 60)
     means = lookup(found(a, bertscores={"a": f1})["means"], "group", "score")
     rows, texts = a.rows, [r["answer"] for r in a.rows]
-    columns = {"BERTScore F1": f1, "chrF": metrics.chrf(texts, [r["reference"] for r in rows]), "words": [len(t.split()) for t in texts],
+    columns = {"BERTScore F1": f1, "chrF": scores.chrf(texts, [r["reference"] for r in rows]), "words": [len(t.split()) for t in texts],
                "unfinished": [not r["finished"] for r in rows]}
     groups = {"all": lambda r: 1, "neutral": lambda r: r["severity"] == 1, "by p(critical)": lambda r: r["probabilities"][2],
               "specialty: ب": lambda r: r["specialty"] == "ب"}
@@ -98,7 +99,7 @@ def test_nothing_that_json_lacks():
     assert means["a", "all", "NLL"]["mean"] is means["a", "all", "perplexity"]["mean"] is comparisons["all", "NLL"]["p_holm"] is None
     assert means["b", "all", "NLL"]["mean"] > 0 and comparisons["all", "chrF"]["p_holm"] <= 1
     json.dumps([result["means"], result["comparisons"]], allow_nan=False)
-    json.dumps(evaluation_report.without_nan(result), allow_nan=False)
+    json.dumps(report.without_nan(result), allow_nan=False)
 
 
 # --- comparisons ----------------------------------------------------------------------------------------------------------
@@ -238,9 +239,9 @@ def test_curves_and_weights(tmp_path):
     (tmp_path / "run" / "validation.json").write_text("[[2, 3.5]]")
     (tmp_path / "run" / "best").mkdir()
     for name in ("run", "run/best"):
-        a = answers_of(str(tmp_path / name), evaluation.run_facts(tmp_path / name), rows=3)
+        a = answers_of(str(tmp_path / name), findings.read_run_json(tmp_path / name), rows=3)
         records = found(a)["runs"][a.name]
         assert records["metrics"] == [{"step": 1}, {"step": 2}] and records["validation"] == [[2, 3.5]]
         assert records["weights"] == pytest.approx([p[1] + 2 * p[2] for p in (row["probabilities"] for row in a.rows)])
-    a = answers_of(str(tmp_path / "run"), evaluation.run_facts(tmp_path / "run") | {"data_fingerprint": "g"}, rows=3)
+    a = answers_of(str(tmp_path / "run"), findings.read_run_json(tmp_path / "run") | {"data_fingerprint": "g"}, rows=3)
     assert found(a)["runs"][a.name]["metrics"] == [] and len(found(a)["runs"][a.name]["weights"]) == 3

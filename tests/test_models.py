@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from sevloss import InputError
-from sevloss.models import layout, load_model
-from sevloss.models.layout import Cache, Documents
+from sevloss.models import attention, load_model
+from sevloss.models.attention import KVCache, PackedSequences
 from sevloss.models.llama import rotary_angles
 
 CAUSAL = ["gpt2", "gpt2_scaled", "aragpt2", "bloom", "bloom_post", "llama", "qwen2", "qwen2_window", "qwen3", "lfm2"]
@@ -98,9 +98,9 @@ def test_blocks_output(load):
     """BERTScore reads a middle block; 0 is the embeddings."""
     model, tokens, lengths, expected = load("bert")
     for layer in range(4):
-        assert_same(model.blocks_output(tokens, lengths, layer), expected[f"hidden.{layer}"])
+        assert_same(model.hidden_states(tokens, lengths, layer), expected[f"hidden.{layer}"])
     with pytest.raises(InputError, match="block 4 does not exist: the encoder has 3"):
-        model.blocks_output(tokens, lengths, 4)
+        model.hidden_states(tokens, lengths, 4)
 
 
 @pytest.mark.parametrize("name, rates", [
@@ -149,13 +149,13 @@ def test_rotary_angles_far_from_the_start(load):
             assert (ours[:, 0] - exact).abs().max() < 1e-3
 
 
-class Recording(Documents):
+class Recording(PackedSequences):
     """Keeps what attention is given in the first block that has any."""
 
-    def attend(self, q, k, v, layer, **told):
+    def attention(self, q, k, v, layer, **told):
         if not hasattr(self, "turned"):
             self.turned = torch.cat([q, k], dim=1).float()
-        return super().attend(q, k, v, layer, **told)
+        return super().attention(q, k, v, layer, **told)
 
 
 @pytest.mark.parametrize("how", ["weights in bf16", "autocast"])
@@ -210,7 +210,7 @@ KINDS = {"causal": (True, {}), "bidirectional": (False, {}),
 def test_attention_in_runs_and_padded_are_the_same(lengths, causal, told, dtype):
     """The CPU's path (in all but fp32 it learns by plain products), the CUDA path without flash, and attention spelled out with a mask over
     the whole stream: outputs and gradients."""
-    layout = Documents(lengths, "cpu", causal=causal)
+    sequences = PackedSequences(lengths, "cpu", causal=causal)
     document, at = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)), torch.arange(sum(lengths))
     distance = at[:, None] - at
     visible = (document[:, None] == document) & (distance < told.get("window", torch.inf))
@@ -222,7 +222,7 @@ def test_attention_in_runs_and_padded_are_the_same(lengths, causal, told, dtype)
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
     results = []
-    for attend in (spelled_out, layout._attend_in_runs, layout._attend_padded):
+    for attend in (spelled_out, sequences._cpu_attention, sequences._padded_attention):
         qkv = heads(lengths, dtype=dtype)
         out = attend(*qkv, 0.0, 0.3, **told)
         out.square().sum().backward()
@@ -235,16 +235,16 @@ def test_attention_in_runs_and_padded_are_the_same(lengths, causal, told, dtype)
 def test_attention_by_products_is_for_learning_short_texts(monkeypatch):
     """It would keep too much of longer ones, and SDPA is the more exact where nothing is learnt."""
     called = []
-    monkeypatch.setattr(layout, "_spelled_out", lambda q, k, v, *rest: called.append(q.shape[2]) or q)
-    q, k, v = heads([3, layout.SPELLED_OUT, layout.SPELLED_OUT + 1], dtype=torch.bfloat16)
-    documents = Documents([3, layout.SPELLED_OUT, layout.SPELLED_OUT + 1], "cpu", causal=True)
-    documents.attend(q, k, v, 0)
-    assert called == [3, layout.SPELLED_OUT]
+    monkeypatch.setattr(attention, "manual_attention", lambda q, k, v, *rest: called.append(q.shape[2]) or q)
+    q, k, v = heads([3, attention.MANUAL_MAX_LENGTH, attention.MANUAL_MAX_LENGTH + 1], dtype=torch.bfloat16)
+    documents = PackedSequences([3, attention.MANUAL_MAX_LENGTH, attention.MANUAL_MAX_LENGTH + 1], "cpu", causal=True)
+    documents.attention(q, k, v, 0)
+    assert called == [3, attention.MANUAL_MAX_LENGTH]
     with torch.no_grad():
-        documents.attend(q, k, v, 0)
-    documents.attend(q.float(), k.float(), v.float(), 0)
+        documents.attention(q, k, v, 0)
+    documents.attention(q.float(), k.float(), v.float(), 0)
     assert len(called) == 2
-    documents.attend(q.float(), k.float(), v.float(), 0, dropout=0.1)
+    documents.attention(q.float(), k.float(), v.float(), 0, dropout=0.1)
     assert len(called) == 4
 
 
@@ -252,7 +252,7 @@ def test_attention_by_products_is_for_learning_short_texts(monkeypatch):
 def test_flash_path_is_called_as_it_wants(causal, told):
     """Shapes and arguments only: on the meta device nothing is computed. ALiBi does not go through flash."""
     qkv = [t.to("meta", torch.bfloat16) for t in heads([3, 4])]
-    assert Documents([3, 4], "meta", causal=causal)._attend_varlen(*qkv, 0.3, **told).shape == (7, 4, 8)
+    assert PackedSequences([3, 4], "meta", causal=causal)._flash_attention(*qkv, 0.3, **told).shape == (7, 4, 8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -263,7 +263,7 @@ def test_attention_on_a_gpu(causal, told, dtype):
     for device in ("cpu", "cuda"):
         qkv = heads(lengths, dtype=dtype)
         there = {name: value.to(device) if name == "slopes" else value for name, value in told.items()}
-        out = Documents(lengths, device, causal=causal).attend(*(t.to(device) for t in qkv), 0, **there)
+        out = PackedSequences(lengths, device, causal=causal).attention(*(t.to(device) for t in qkv), 0, **there)
         out.float().square().sum().backward()
         results.append([out.cpu(), *(t.grad for t in qkv)])
     for ours, reference in zip(*results):
@@ -279,7 +279,7 @@ def test_convolution_against_torch(lengths):
     for whole in (True, False):
         xi, wi = x.clone().requires_grad_(), weight.clone().requires_grad_()
         if whole:
-            out = Documents(lengths, "cpu", causal=True).convolve(xi, wi, 0)
+            out = PackedSequences(lengths, "cpu", causal=True).convolve(xi, wi, 0)
         else:
             out = torch.cat([F.conv1d(F.pad(document.T, (2, 0)), wi[:, None], groups=6).T for document in xi.split(lengths)])
         out.square().sum().backward()
@@ -289,10 +289,10 @@ def test_convolution_against_torch(lengths):
 
 
 def test_positions_start_anew_in_each_document():
-    assert Documents([2, 1, 3], "cpu", causal=True).positions.tolist() == [0, 1, 0, 0, 1, 2]
+    assert PackedSequences([2, 1, 3], "cpu", causal=True).positions.tolist() == [0, 1, 0, 0, 1, 2]
     for lengths in ([], [2, 0]):
         with pytest.raises(ValueError, match="lengths must be positive"):
-            Documents(lengths, "cpu", causal=True)
+            PackedSequences(lengths, "cpu", causal=True)
 
 
 # ------------------------------------------------------------------ decoding with a cache
@@ -301,11 +301,11 @@ def test_positions_start_anew_in_each_document():
 @torch.no_grad()
 def test_cache_is_the_same_as_none(load, name, monkeypatch):
     """Token by token, with documents of several lengths of which one after the other ends, in a buffer that grows several times."""
-    monkeypatch.setattr(Cache, "ROOM", 3)
+    monkeypatch.setattr(KVCache, "ROOM", 3)
     model, tokens, lengths, expected = load(name)
     written, alive = list(tokens.split(lengths)), list(range(len(lengths)))
     ends = {4: [document for document in alive if document != 2], 9: [1]}
-    cache = Cache(lengths, "cpu")
+    cache = KVCache(lengths, "cpu")
     assert_same(model.stream(tokens, cache), expected["final"])
     for step in range(16):
         cache.advance()
@@ -326,7 +326,7 @@ def test_cache_is_the_same_as_none(load, name, monkeypatch):
 def test_cache_stops_at_the_context(load, name):
     """One clear line rather than an index error when a text outgrows the model while it is written."""
     model = load(name)[0]
-    cache = Cache([28, 3], "cpu")
+    cache = KVCache([28, 3], "cpu")
     model.stream(torch.ones(31, dtype=torch.long), cache)
     cache.advance()
     model.stream(torch.ones(2, dtype=torch.long), cache)

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sevloss import evaluation as findings
-from sevloss import evaluation_report
-from sevloss.evaluation_report import write_evaluation
+from sevloss.evaluation import findings
+from sevloss.evaluation import report as module
+from sevloss.evaluation.report import write_evaluation
 from sevloss.severity import CLASSES
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.jsonl"
@@ -92,8 +92,8 @@ def written(folder, evaluation):
 
 def without_pictures(evaluation):
     """The same texts, without the time that drawing takes."""
-    content = evaluation_report.sections(evaluation_report.without_nan(evaluation), [])
-    return evaluation_report.markdown(content), evaluation_report.page(content, None)
+    content = module.sections(module.without_nan(evaluation), [])
+    return module.markdown(content), module.page(content, None)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_numbers_are_those_given(report, evaluation):
         name = NAMES[m["score"]] + (" ↓" if m["score"] in ("NLL", "perplexity", "empty") else "")
         group = m["group"].removeprefix("specialty: ")
         lead = [name] if group == "all" else [name, group, str(evaluation["groups"][m["group"]])]
-        if group != m["group"] and m["score"] not in evaluation_report.MAIN_SCORES:
+        if group != m["group"] and m["score"] not in module.MAIN_SCORES:
             continue
         line = next(line for line in lines if line.startswith(f"| {' | '.join(lead)} | "))
         assert line.split(" | ")[len(lead):][m["setting"] != "runs/plain"].removesuffix(" |") == cell
@@ -281,17 +281,17 @@ def test_sampling_is_told():
 
 def test_pictures_show_what_is_given(evaluation):
     """Points at the means, lines as long as the intervals; the loss as a mean over the last steps; a line at w = 1 for a plain run."""
-    axes = evaluation_report.draw_scores(evaluation).axes
+    axes = module.draw_scores(evaluation).axes
     assert [a.get_title() for a in axes] == ["NLL per token ↓", "BERTScore F1", "chrF", "sends to emergency care"]
     means = [m for m in evaluation["means"] if m["score"] == "BERTScore F1" and not m["group"].startswith("specialty")]
     assert [y for line in axes[1].lines for y in line.get_ydata()] == [m["mean"] for m in means]
     intervals = [tuple(c.get_segments()[0][:, 1]) for c in axes[1].collections]
     assert intervals == [pytest.approx((m["low"], m["high"])) for m in means if m["low"] is not None]
-    training, validation = evaluation_report.draw_training(evaluation).axes
+    training, validation = module.draw_training(evaluation).axes
     steps, losses = training.lines[0].get_data()
     assert steps[0] == 10 and losses[0] == pytest.approx(np.mean([m["loss"] for m in evaluation["runs"]["runs/plain"]["metrics"][:10]]))
     assert validation.lines[0].get_xydata().tolist() == evaluation["runs"]["runs/plain"]["validation"]
-    weights = evaluation_report.draw_weights(evaluation).axes[0]
+    weights = module.draw_weights(evaluation).axes[0]
     assert weights.lines[0].get_xdata() == pytest.approx([1, 1], abs=1e-5) and len(weights.patches) == 2  # two runs with balanced weights
 
 
@@ -311,6 +311,6 @@ def test_findings_of_evaluate_fit(tmp_path):
     markdown, page = written(tmp_path, found)
     assert [line[3:] for line in markdown.splitlines() if line.startswith("## ")] == [
         "Scores", "Scores by class", "Scores by specialty", "Comparisons", "The paper's table", "Notes", "Pictures", "Answers"]
-    assert [axes.get_title() for axes in evaluation_report.draw_scores(found).axes] == ["NLL ↓", "BERTScore F1", "chrF", "urgent"]
+    assert [axes.get_title() for axes in module.draw_scores(found).axes] == ["NLL ↓", "BERTScore F1", "chrF", "urgent"]
     assert shown_rows(markdown) == list(range(29, 19, -1))
     assert "| NLL ↓ | 3.4833 [" in markdown and "b is better than a in BERTScore F1" in markdown and "fingerprint" not in markdown.lower()

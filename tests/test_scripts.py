@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 import finetune
 import train_classifier
-from sevloss import checkpoint, data, device, evaluation, hashes, metrics, splits, tables
+from sevloss import checkpoint, data, device, hashes, splits
+from sevloss.evaluation import findings, scores
+from sevloss.inputs import tables
 from sevloss.models import eos_ids, load_model, load_tokenizer, save_model
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +129,7 @@ def validation_nll(run, part, table):
     model, tokenizer = load_model(part), load_tokenizer(part)
     pairs = splits.split_pairs(tables.read_pairs(table, needed=BOTH))["validation"]
     examples = data.encode_pairs(pairs, tokenizer, max_length=512, eos_id=eos_ids(model)[0], preprocess="arabert")
-    return metrics.per_token(metrics.response_nll(model, examples, device.choose("cpu", "fp32")), examples.targets)["nll"]
+    return scores.per_token(scores.response_nll(model, examples, device.choose("cpu", "fp32")), examples.targets)["nll"]
 
 
 def test_best_has_the_lowest_validation_nll_of_all_saves(folder, table, base):
@@ -211,7 +213,7 @@ def test_probabilities_of_the_classifier_are_used(folder, write_table, rows, cla
     weights = weights_of(folder, bare, "annotated", "--classifier", classifier)
     folds = json.loads((classifier / "classifier.json").read_text())["out_of_fold"]
     train = splits.split_pairs(tables.read_pairs(bare, needed=BOTH))["train"]
-    expected = [sum(a * p for a, p in zip((0.5, 1, 1.5), folds[splits.key(pair.complaint)])) for pair in train]
+    expected = [sum(a * p for a, p in zip((0.5, 1, 1.5), folds[splits.complaint_id(pair.complaint)])) for pair in train]
     assert weights.tolist() == pytest.approx(expected, abs=1e-4)
     assert len(list((classifier / "annotated").iterdir())) == 1
 
@@ -387,14 +389,14 @@ def test_classifier_run(classifier, table):
     """Out-of-fold probabilities for all rows that were trained on, none for the test rows; the classes by name in config.json."""
     result = json.loads((classifier / "classifier.json").read_text())
     sides = splits.split_pairs(tables.read_pairs(table, needed=("complaint", "severity")))
-    keys = {splits.key(p.complaint) for p in sides["train"] + sides["validation"]}
+    keys = {splits.complaint_id(p.complaint) for p in sides["train"] + sides["validation"]}
     assert set(result["out_of_fold"]) == set(result["trained_on"]) == keys
     assert all(sum(p) == pytest.approx(1) and min(p) >= 0 for p in result["out_of_fold"].values())
     assert 0.05 <= result["temperature"] <= 20
     assert {"tiny", "tiny, calibrated"} < set(result["scores"])
-    for scores in result["scores"].values():
-        assert set(scores) == {"accuracy", "macro_f1", "nll", "brier", "ece", "confusion"}
-        assert sum(map(sum, scores["confusion"])) == len(sides["train"] + sides["validation"])  # each row once, out of fold
+    for named in result["scores"].values():
+        assert set(named) == {"accuracy", "macro_f1", "nll", "brier", "ece", "confusion"}
+        assert sum(map(sum, named["confusion"])) == len(sides["train"] + sides["validation"])  # each row once, out of fold
     assert load_model(classifier).raw_config["id2label"] == {"0": "non-critical", "1": "neutral", "2": "critical"}
     assert json.loads((classifier / "run.json").read_text())["max_length"] == 64
     written = lines(classifier / "metrics.jsonl")
@@ -500,9 +502,9 @@ def test_answers_with_unicode_line_separators(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, {"row": 1, "answer": "نعم\u2028لا\u0085"})),
                     encoding="utf-8")
-    assert evaluation.load_answers(path).rows[0]["answer"] == "نعم\u2028لا\u0085"
+    assert findings.load_answers(path).rows[0]["answer"] == "نعم\u2028لا\u0085"
     checkpoint.keep_lines(path, 2)
-    assert len(evaluation.load_answers(path).rows) == 1
+    assert len(findings.load_answers(path).rows) == 1
 
 
 # ------------------------------------------------------------------ refusals

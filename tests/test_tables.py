@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from sevloss import InputError, splits, tables
+from sevloss import InputError, splits
+from sevloss.inputs import tables
 
 BOTH = ("complaint", "response")
 ALL = (*BOTH, "severity", "critical")

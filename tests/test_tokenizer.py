@@ -5,8 +5,9 @@ import random
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from sevloss import data, tokenizer
-from sevloss.tokenizer import QWEN_WORDS, WordEncoder, words_stand_alone
+from sevloss import data
+from sevloss.inputs import tokenizer_files
+from sevloss.inputs.tokenizer_files import QWEN_WORDS, WordEncoder, words_stand_alone
 
 BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
@@ -43,7 +44,7 @@ def test_word_by_word_as_in_whole_texts(name, rows, monkeypatch):
               "<|endoftext|>", "<think>", " <think> "]
     chance = random.Random(0)
     texts = ["".join(chance.choices(pieces, k=chance.randrange(20))) for _ in range(5000)] + complaints
-    monkeypatch.setattr(tokenizer, "MOST_WORDS", 500)  # so that words are forgotten on the way
+    monkeypatch.setattr(tokenizer_files, "MOST_WORDS", 500)  # so that words are forgotten on the way
 
     assert words_stand_alone(made)
     encode, expected = WordEncoder(made), data.encode(made, texts, special=True)

@@ -13,14 +13,15 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 
-from sevloss import InputError, hub, write_atomically
+from sevloss import InputError, write_atomically
+from sevloss.inputs import hub
+from sevloss.inputs.tokenizer_files import from_vocabulary
 from sevloss.models import lora
 from sevloss.models.bert import Bert
 from sevloss.models.bloom import Bloom
 from sevloss.models.gpt2 import GPT2
 from sevloss.models.lfm2 import Lfm2
 from sevloss.models.llama import Llama
-from sevloss.tokenizer import from_vocabulary
 
 FAMILIES = {"gpt2": GPT2, "aragpt2": GPT2, "bloom": Bloom, "llama": Llama, "qwen2": Llama, "qwen3": Llama, "lfm2": Lfm2, "bert": Bert}
 
@@ -42,7 +43,7 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
     stored = hub.stored_tensors(ckpt)
     if num_labels:
         raw = {**raw, "num_labels": num_labels}
-    model = build(family, family.adapt(raw, stored))
+    model = build(family, family.normalize_config(raw, stored))
     expected = model.state_dict()
     tied = model.config.tie_word_embeddings if hasattr(model, "head_weight") else False
 
@@ -65,13 +66,13 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
             places.add(tensor.data_ptr())
         elif tied and name == "lm_head.weight":
             second_head = read
-        elif not re.search(family.unused, name):
+        elif not re.search(family.ignored_keys, name):
             surplus.append(stored_name)
     missing = [name for name in expected if name not in state]
     if surplus:
         raise InputError(f"{ckpt} holds {len(surplus)} tensors that a {raw['model_type']} of its config.json has no place for: "
                          f"{_some(surplus)}; {together}")
-    if fatal := [name for name in missing if not name.startswith(family.may_be_missing or ("\0",))]:
+    if fatal := [name for name in missing if not name.startswith(family.optional_keys or ("\0",))]:
         raise InputError(f"{ckpt} lacks {len(fatal)} tensors that a {raw['model_type']} of its config.json needs: {_some(fatal)}; "
                          f"{together}")
     if missing:
@@ -105,7 +106,7 @@ def _load_adapted(folder, dtype, device):
     return model.eval()
 
 
-def checkpoint_blocks(model):
+def enable_gradient_checkpointing(model):
     """Gradient checkpointing: what a block computed is thrown away and computed again in the backward pass; a third more time for
     memory that holds one block's activations instead of all."""
     for block in model.blocks:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.layout import Documents, check_context
+from sevloss.models.attention import PackedSequences, check_context
 
 
 @dataclass
@@ -58,9 +58,9 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
         self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
 
-    def forward(self, x, layout, layer):
+    def forward(self, x, sequences, layer):
         q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.query, self.key, self.value))  # (N, H, d)
-        return layout.attend(q, k, v, layer, dropout=self.dropout if self.training else 0.0).flatten(1)  # (N, D)
+        return sequences.attention(q, k, v, layer, dropout=self.dropout if self.training else 0.0).flatten(1)  # (N, D)
 
 
 class Output(nn.Module):
@@ -83,8 +83,8 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
         self.output = Output(config, config.intermediate_size)
 
-    def forward(self, h, layout, layer):
-        h = self.attention["output"](self.attention["self"](h, layout, layer), h)
+    def forward(self, h, sequences, layer):
+        h = self.attention["output"](self.attention["self"](h, sequences, layer), h)
         return self.output(F.gelu(self.intermediate["dense"](h)), h)
 
 
@@ -92,8 +92,8 @@ class Bert(nn.Module):
     """tokens (N,), lengths -> hidden states (N, D) after the last block."""
 
     prefix = "bert."
-    may_be_missing = ("bert.pooler.", "classifier.", "mean_classifier.")  # initialised then
-    unused = r"^cls\.|embeddings\.position_ids$"
+    optional_keys = ("bert.pooler.", "classifier.", "mean_classifier.")  # initialised then
+    ignored_keys = r"^cls\.|embeddings\.position_ids$"
     Config = BertConfig
 
     def __init__(self, config):
@@ -119,7 +119,7 @@ class Bert(nn.Module):
                                  nn.Linear(config.hidden_size, config.num_labels))
 
     @staticmethod
-    def adapt(raw, names):
+    def normalize_config(raw, names):
         """A pooler and a classifier are built where the checkpoint has them or `num_labels` asks for them. A new head reads the first
         token through the pooler; where the checkpoint has no pooler, the mean of all tokens, which needs none."""
         trained = {"classifier.weight": "first", "mean_classifier.weight": "mean"}
@@ -133,17 +133,17 @@ class Bert(nn.Module):
         return "BertForSequenceClassification" if self.config.num_labels and self.config.pooling == "first" else "BertModel"
 
     def forward(self, tokens, lengths):
-        return self.blocks_output(tokens, lengths, self.config.num_hidden_layers)
+        return self.hidden_states(tokens, lengths, self.config.num_hidden_layers)
 
-    def blocks_output(self, tokens, lengths, layer):
+    def hidden_states(self, tokens, lengths, layer):
         """(N, D) after block `layer`, counted from 1; 0 is the embeddings."""
         if not 0 <= layer <= self.config.num_hidden_layers:
             raise InputError(f"block {layer} does not exist: the encoder has {self.config.num_hidden_layers}")
-        layout = Documents(lengths, tokens.device, causal=False)
-        check_context(layout, self.config.context)
-        h = self.bert["embeddings"](tokens, layout.positions)
+        sequences = PackedSequences(lengths, tokens.device, causal=False)
+        check_context(sequences, self.config.context)
+        h = self.bert["embeddings"](tokens, sequences.positions)
         for i in range(layer):
-            h = self.bert["encoder"]["layer"][i](h, layout, i)
+            h = self.bert["encoder"]["layer"][i](h, sequences, i)
         return h
 
     def classify(self, tokens, lengths):

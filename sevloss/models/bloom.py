@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.layout import Documents
+from sevloss.models.attention import PackedSequences
 
 
 @dataclass
@@ -50,9 +50,9 @@ class Attention(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.heads, self.layer, self.dropout = config.n_head, layer, config.attention_dropout
 
-    def forward(self, x, layout, slopes):
+    def forward(self, x, sequences, slopes):
         q, k, v = self.query_key_value(x).unflatten(1, (self.heads, 3, -1)).unbind(2)  # each (N, H, d): stored head by head
-        out = layout.attend(q, k, v, self.layer, dropout=self.dropout if self.training else 0.0, slopes=slopes)
+        out = sequences.attention(q, k, v, self.layer, dropout=self.dropout if self.training else 0.0, slopes=slopes)
         return self.dense(out.flatten(1))  # (N, D)
 
 
@@ -76,9 +76,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
 
-    def forward(self, h, layout, slopes):
+    def forward(self, h, sequences, slopes):
         x = self.input_layernorm(h)
-        h = (x if self.residual_after_norm else h) + self.dropout(self.self_attention(x, layout, slopes))
+        h = (x if self.residual_after_norm else h) + self.dropout(self.self_attention(x, sequences, slopes))
         x = self.post_attention_layernorm(h)
         return (x if self.residual_after_norm else h) + self.dropout(self.mlp(x))
 
@@ -86,8 +86,8 @@ class Block(nn.Module):
 class Bloom(nn.Module):
     """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
 
-    architecture, prefix, may_be_missing = "BloomForCausalLM", "transformer.", ()
-    unused = r"\0"  # nothing
+    architecture, prefix, optional_keys = "BloomForCausalLM", "transformer.", ()
+    ignored_keys = r"\0"  # nothing
     lora_targets = ("query_key_value",)
     Config = BloomConfig
 
@@ -106,7 +106,7 @@ class Bloom(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @staticmethod
-    def adapt(raw, names):
+    def normalize_config(raw, names):
         """Old files say n_embed or num_attention_heads and num_hidden_layers."""
         old = {"hidden_size": "n_embed", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
         return {**{new: raw[name] for new, name in old.items() if name in raw}, **raw}
@@ -121,12 +121,12 @@ class Bloom(nn.Module):
         return self.transformer["word_embeddings"].weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens, lengths):
-        return self.stream(tokens, Documents(lengths, tokens.device, causal=True))
+        return self.stream(tokens, PackedSequences(lengths, tokens.device, causal=True))
 
-    def stream(self, tokens, layout):
-        """The same for any layout: a `Cache` decodes."""
+    def stream(self, tokens, sequences):
+        """The same for any sequences: a `KVCache` decodes."""
         slopes = alibi_slopes(self.config.n_head).to(tokens.device)
         h = self.transformer["word_embeddings_layernorm"](self.transformer["word_embeddings"](tokens))  # (N, D)
         for block in self.blocks:
-            h = block(h, layout, slopes)
+            h = block(h, sequences, slopes)
         return self.transformer["ln_f"](h)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.layout import Documents, check_context
+from sevloss.models.attention import PackedSequences, check_context
 
 ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -68,9 +68,9 @@ class Attention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x, layout):
+    def forward(self, x, sequences):
         q, k, v = self.c_attn(x).unflatten(1, (3, self.heads, -1)).unbind(1)  # each (N, H, d)
-        out = layout.attend(q, k, v, self.layer, dropout=self.dropout if self.training else 0.0, scale=self.scale)
+        out = sequences.attention(q, k, v, self.layer, dropout=self.dropout if self.training else 0.0, scale=self.scale)
         return self.c_proj(out.flatten(1))  # (N, D)
 
 
@@ -95,24 +95,24 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, h, layout):
-        h = h + self.dropout(self.attn(self.ln_1(h), layout))
+    def forward(self, h, sequences):
+        h = h + self.dropout(self.attn(self.ln_1(h), sequences))
         return h + self.dropout(self.mlp(self.ln_2(h)))
 
 
 class GroverBlock(Block):
     """No norm before attention; the second norm comes after the MLP's residual."""
 
-    def forward(self, h, layout):
-        h = h + self.dropout(self.attn(h, layout))
+    def forward(self, h, sequences):
+        h = h + self.dropout(self.attn(h, sequences))
         return self.ln_2(h + self.dropout(self.mlp(self.ln_1(h))))
 
 
 class GPT2(nn.Module):
     """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
 
-    architecture, prefix, may_be_missing = "GPT2LMHeadModel", "transformer.", ()
-    unused = r"(^|\.)attn\.(bias|masked_bias)$"  # old checkpoints carry the causal mask
+    architecture, prefix, optional_keys = "GPT2LMHeadModel", "transformer.", ()
+    ignored_keys = r"(^|\.)attn\.(bias|masked_bias)$"  # old checkpoints carry the causal mask
     lora_targets = ("c_attn", "c_proj")
     Config = GPT2Config
 
@@ -138,7 +138,7 @@ class GPT2(nn.Module):
         self.dropout = nn.Dropout(config.embd_pdrop)
 
     @staticmethod
-    def adapt(raw, names):
+    def normalize_config(raw, names):
         """config.json as stored -> as meant: AraGPT2-large and -mega are known by their embedding norm."""
         return {**raw, "model_type": "aragpt2"} if any(name.endswith("emb_norm.weight") for name in names) else raw
 
@@ -152,15 +152,15 @@ class GPT2(nn.Module):
         return self.transformer["wte"].weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens, lengths):
-        return self.stream(tokens, Documents(lengths, tokens.device, causal=True))
+        return self.stream(tokens, PackedSequences(lengths, tokens.device, causal=True))
 
-    def stream(self, tokens, layout):
-        """The same for any layout: a `Cache` decodes."""
-        check_context(layout, self.config.context)
+    def stream(self, tokens, sequences):
+        """The same for any sequences: a `KVCache` decodes."""
+        check_context(sequences, self.config.context)
         parts = self.transformer
-        h = self.dropout(parts["wte"](tokens) + parts["wpe"](layout.positions))  # (N, D)
+        h = self.dropout(parts["wte"](tokens) + parts["wpe"](sequences.positions))  # (N, D)
         if "emb_norm" in parts:
             h = parts["emb_norm"](h)
         for block in self.blocks:
-            h = block(h, layout)
+            h = block(h, sequences)
         return parts["ln_f"](h) if "ln_f" in parts else h

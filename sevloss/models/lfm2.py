@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.layout import Documents, check_context
+from sevloss.models.attention import PackedSequences, check_context
 from sevloss.models.llama import RMSNorm, rotary_angles, rotate
 
 
@@ -61,10 +61,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
         self.q_layernorm, self.k_layernorm = (RMSNorm(self.head_dim, config.norm_eps) for _ in range(2))  # on each head
 
-    def forward(self, x, layout, angles):
+    def forward(self, x, sequences, angles):
         q, k, v = (project(x).unflatten(1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, d)
         q, k = rotate(self.q_layernorm(q), *angles), rotate(self.k_layernorm(k), *angles)
-        return self.out_proj(layout.attend(q, k, v, self.layer).flatten(1))  # (N, D)
+        return self.out_proj(sequences.attention(q, k, v, self.layer).flatten(1))  # (N, D)
 
 
 class ShortConvolution(nn.Module):
@@ -78,9 +78,9 @@ class ShortConvolution(nn.Module):
         self.conv = nn.Conv1d(config.hidden_size, config.hidden_size, width, groups=config.hidden_size, bias=config.conv_bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.conv_bias)
 
-    def forward(self, x, layout, angles):
+    def forward(self, x, sequences, angles):
         b, c, x = self.in_proj(x).chunk(3, dim=-1)  # each (N, D)
-        mixed = layout.convolve(b * x, self.conv.weight[:, 0].to(x.dtype), self.layer)
+        mixed = sequences.convolve(b * x, self.conv.weight[:, 0].to(x.dtype), self.layer)
         if self.conv.bias is not None:
             mixed = mixed + self.conv.bias.to(x.dtype)
         return self.out_proj(c * mixed)
@@ -107,16 +107,16 @@ class Block(nn.Module):
         self.operator_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, h, layout, angles):
-        h = h + getattr(self, self.operator)(self.operator_norm(h), layout, angles)
+    def forward(self, h, sequences, angles):
+        h = h + getattr(self, self.operator)(self.operator_norm(h), sequences, angles)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
 class Lfm2(nn.Module):
     """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
 
-    architecture, prefix, may_be_missing = "Lfm2ForCausalLM", "model.", ()
-    unused = r"\0"  # nothing
+    architecture, prefix, optional_keys = "Lfm2ForCausalLM", "model.", ()
+    ignored_keys = r"\0"  # nothing
     lora_targets = ("q_proj", "v_proj")
     Config = Lfm2Config
 
@@ -138,7 +138,7 @@ class Lfm2(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @staticmethod
-    def adapt(raw, names):
+    def normalize_config(raw, names):
         """Old files: block_ff_dim, full_attn_idxs and tie_embedding, which go before the new names."""
         raw = dict(raw)
         if "block_ff_dim" in raw:
@@ -160,13 +160,13 @@ class Lfm2(nn.Module):
         return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens, lengths):
-        return self.stream(tokens, Documents(lengths, tokens.device, causal=True))
+        return self.stream(tokens, PackedSequences(lengths, tokens.device, causal=True))
 
-    def stream(self, tokens, layout):
-        """The same for any layout: a `Cache` decodes."""
-        check_context(layout, self.config.context)
-        angles = rotary_angles(self.config, layout.positions, self.config.hidden_size // self.config.num_attention_heads)
+    def stream(self, tokens, sequences):
+        """The same for any sequences: a `KVCache` decodes."""
+        check_context(sequences, self.config.context)
+        angles = rotary_angles(self.config, sequences.positions, self.config.hidden_size // self.config.num_attention_heads)
         h = self.model["embed_tokens"](tokens)  # (N, D)
         for block in self.blocks:
-            h = block(h, layout, angles)
+            h = block(h, sequences, angles)
         return self.model["embedding_norm"](h)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.layout import Documents, check_context
+from sevloss.models.attention import PackedSequences, check_context
 
 
 @dataclass
@@ -108,12 +108,12 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
         self.layer, self.window, self.dropout = layer, config.window(layer), config.attention_dropout
 
-    def forward(self, x, layout, angles):
+    def forward(self, x, sequences, angles):
         q, k, v = (project(x).unflatten(1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, d)
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *angles), rotate(k, *angles)
-        out = layout.attend(q, k, v, self.layer, dropout=self.dropout if self.training else 0.0, window=self.window)
+        out = sequences.attention(q, k, v, self.layer, dropout=self.dropout if self.training else 0.0, window=self.window)
         return self.o_proj(out.flatten(1))  # (N, D)
 
 
@@ -136,16 +136,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, h, layout, angles):
-        h = h + self.self_attn(self.input_layernorm(h), layout, angles)
+    def forward(self, h, sequences, angles):
+        h = h + self.self_attn(self.input_layernorm(h), sequences, angles)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class Llama(nn.Module):
     """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
 
-    prefix, may_be_missing = "model.", ()
-    unused = r"rotary_emb\.inv_freq$"  # old checkpoints carry the frequencies
+    prefix, optional_keys = "model.", ()
+    ignored_keys = r"rotary_emb\.inv_freq$"  # old checkpoints carry the frequencies
     lora_targets = ("q_proj", "v_proj")
     Config = LlamaConfig
 
@@ -164,7 +164,7 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @staticmethod
-    def adapt(raw, names):
+    def normalize_config(raw, names):
         """What a config.json of `transformers` may leave out differs between the three."""
         silent = {"qwen2": {"max_position_embeddings": 32768}, "qwen3": {"max_position_embeddings": 32768, "head_dim": 128}}
         return silent.get(raw["model_type"], {}) | raw
@@ -183,13 +183,13 @@ class Llama(nn.Module):
         return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens, lengths):
-        return self.stream(tokens, Documents(lengths, tokens.device, causal=True))
+        return self.stream(tokens, PackedSequences(lengths, tokens.device, causal=True))
 
-    def stream(self, tokens, layout):
-        """The same for any layout: a `Cache` decodes."""
-        check_context(layout, self.config.context)
-        angles = rotary_angles(self.config, layout.positions, self.blocks[0].self_attn.head_dim)
+    def stream(self, tokens, sequences):
+        """The same for any sequences: a `KVCache` decodes."""
+        check_context(sequences, self.config.context)
+        angles = rotary_angles(self.config, sequences.positions, self.blocks[0].self_attn.head_dim)
         h = self.model["embed_tokens"](tokens)  # (N, D)
         for block in self.blocks:
-            h = block(h, layout, angles)
+            h = block(h, sequences, angles)
         return self.model["norm"](h)

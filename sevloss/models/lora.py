@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sevloss import InputError, hub, write_atomically
+from sevloss import InputError, write_atomically
+from sevloss.inputs import hub
 
 PREFIX = "base_model.model."  # of names in peft's files
 

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sevloss.checkpoint import write_lines
-from sevloss.evaluation import without_nan
-from sevloss.report import markdown_table
+from sevloss.classifier.report import markdown_table
+from sevloss.evaluation.findings import without_nan
 
 MAIN_SCORES = ("NLL", "BERTScore F1", "chrF", "urgent")  # the scores in pictures, by specialty, and by class without a fold
 MOST_SENTENCES = 12  # more comparisons than that become a table

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, checkpoint, data, hashes, hub, splits, tables
+from sevloss import InputError, checkpoint, data, hashes, splits
+from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
 
@@ -27,7 +28,7 @@ def class_logits(model, id_lists, compute, *, most_tokens=8192, progress=None):
     logits = torch.empty(len(id_lists), 3)
     with compute.autocast():
         for part in data.micro_batches([len(ids) for ids in id_lists], range(len(id_lists)), most_tokens):
-            tokens, lengths = data.stream([id_lists[i] for i in part], compute.device)
+            tokens, lengths = data.pack([id_lists[i] for i in part], compute.device)
             logits[part] = model.classify(tokens, lengths).float().cpu()
             if progress is not None:
                 progress.update(len(part))
@@ -75,14 +76,14 @@ class Classifier:
         probabilities = (class_logits(self.model, ids, compute, progress=progress) / self.temperature).softmax(-1)
         if self.out_of_fold:
             for i, complaint in enumerate(complaints):
-                known = self.out_of_fold.get(splits.key(complaint))
+                known = self.out_of_fold.get(splits.complaint_id(complaint))
                 if known is not None:
                     probabilities[i] = torch.tensor(known)
         return probabilities, cut
 
     def seen(self, complaints):
         """How many of the complaints the model was trained on without out-of-fold probabilities for them: it is too sure of these."""
-        return sum(key in self.trained_on and key not in self.out_of_fold for key in map(splits.key, complaints))
+        return sum(key in self.trained_on and key not in self.out_of_fold for key in map(splits.complaint_id, complaints))
 
 
 def check_target(to):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sevloss.metrics import LOWER_IS_BETTER, NEITHER_IS_BETTER
+from sevloss.evaluation.scores import LOWER_IS_BETTER, NEITHER_IS_BETTER
 
 FEWEST_ROWS = 20  # a 95% interval then covers 93% where differences are normal, 90% where they are exponential; of 5 rows 83% and 79%
 

@@ -14,7 +14,8 @@ from itertools import chain
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from sevloss import InputError, hub
+from sevloss import InputError
+from sevloss.inputs import hub
 
 DEFAULTS = {
     "gpt2": {"eos_token": "<|endoftext|>"},

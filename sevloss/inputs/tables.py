@@ -16,7 +16,7 @@ from python_calamine import CalamineError, CalamineWorkbook
 from sevloss import InputError
 
 ROWS_AT_ONCE = 8192  # of a large table, that go through training's preparation together
-SAMPLE = os.path.relpath(Path(__file__).resolve().parent.parent / "data" / "sample.jsonl")
+SAMPLE = os.path.relpath(Path(__file__).resolve().parents[2] / "data" / "sample.jsonl")
 
 # What a column is called, role by role; case, spaces, hyphens and underscores do not count.
 COLUMN_NAMES = {

@@ -2,7 +2,7 @@
 
 A batch is one stream of N tokens: the documents one after the other, nothing between them, no padding. Whatever works on
 single tokens (embeddings, norms, MLPs, head, loss) does not notice. Attention does, and LFM2's short convolution; both go through a
-layout object: `Documents` for training and encoding, `Cache` for decoding. A model's code is the same for both.
+sequences object: `PackedSequences` for training and encoding, `KVCache` for decoding. A model's code is the same for both.
 
 Two things change what attention sees. `slopes` (H,), ALiBi: a key `distance` tokens back gets -slope * distance added to its score
 (Press et al. 2022). `window`: a token sees the `window` tokens that end with itself.
@@ -18,10 +18,10 @@ from sevloss.device import to_device
 
 # Up to this length a CPU computes attention in 16 bits, or with dropout, by plain products when it is to learn: the backward pass of SDPA
 # takes two to six times as long there. Longer texts would keep too many scores.
-SPELLED_OUT = 256
+MANUAL_MAX_LENGTH = 256
 
 
-class Documents:
+class PackedSequences:
     """Whole documents of the given lengths; each token sees its own document alone, and with causal=True only what precedes it.
 
     positions (N,): 0, 1, ... within each document.
@@ -31,19 +31,19 @@ class Documents:
         self.lengths, self.device, self.causal = [int(n) for n in lengths], torch.device(device), causal
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths must be positive, got {self.lengths[:8]}")
-        self.longest = max(self.lengths)
+        self.max_seqlen = max(self.lengths)
         self.positions = to_device(torch.cat([torch.arange(n) for n in self.lengths]), self.device)
         self.runs = [(n, len(list(same))) for n, same in groupby(self.lengths)]  # neighbours of equal length share a call
         self._rows, self._masks = None, {}
 
-    def attend(self, q, k, v, layer, *, dropout=0.0, scale=None, slopes=None, window=None):
+    def attention(self, q, k, v, layer, *, dropout=0.0, scale=None, slopes=None, window=None):
         """q (N, H, d), k and v (N, H or a divisor of H, d) -> (N, H, d)."""
         if not q.is_cuda:
-            return self._attend_in_runs(q, k, v, dropout, scale, slopes, window)
+            return self._cpu_attention(q, k, v, dropout, scale, slopes, window)
         flash = q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
         if flash and dropout == 0 and slopes is None:
-            return self._attend_varlen(q, k, v, scale, window)
-        return self._attend_padded(q, k, v, dropout, scale, slopes, window)
+            return self._flash_attention(q, k, v, scale, window)
+        return self._padded_attention(q, k, v, dropout, scale, slopes, window)
 
     def convolve(self, x, weight, layer):
         """Causal depth-wise convolution: x (N, D), weight (D, K) -> (N, D); weight[:, -1] meets the token itself."""
@@ -53,35 +53,35 @@ class Documents:
             out = out + earlier * (self.positions >= back)[:, None] * weight[:, -1 - back]
         return out
 
-    def _attend_in_runs(self, q, k, v, dropout, scale, slopes=None, window=None):
+    def _cpu_attention(self, q, k, v, dropout, scale, slopes=None, window=None):
         # On a CPU a call per document costs little and nothing is computed across documents.
         learns = torch.is_grad_enabled() and q.requires_grad
         parts = []
         sizes = [length * count for length, count in self.runs]  # split, not slices: the backward of each slice would be as long as q
         for (length, count), *run in zip(self.runs, q.split(sizes), k.split(sizes), v.split(sizes)):
             qi, ki, vi = (t.unflatten(0, (count, length)).transpose(1, 2) for t in run)  # (G, H, L, d)
-            if learns and length <= SPELLED_OUT and (dropout or q.dtype != torch.float32):
+            if learns and length <= MANUAL_MAX_LENGTH and (dropout or q.dtype != torch.float32):
                 mask = self._mask(length, slopes, window, q.dtype) if self.causal else None
-                part = _spelled_out(qi, ki, vi, mask, dropout, scale)
+                part = manual_attention(qi, ki, vi, mask, dropout, scale)
             else:
                 part = _sdpa(qi, ki, vi, dropout_p=dropout, scale=scale, **self._visible(length, slopes, window, q.dtype))
             parts.append(part.transpose(1, 2).flatten(0, 1))  # (G L, H, d)
         return torch.cat(parts)
 
-    def _attend_varlen(self, q, k, v, scale, window=None):
+    def _flash_attention(self, q, k, v, scale, window=None):
         # The flash kernel for ragged batches; it exists on CUDA (Ampere or newer) in 16 bits, without dropout.
         from torch.nn.attention.varlen import varlen_attn  # here, as it takes a second to import
         starts = self._cuda_rows()[2]
         around = (window - 1 if window else -1, 0) if self.causal else (-1, -1)  # tokens before and after; -1: all
-        return varlen_attn(q, k, v, starts, starts, self.longest, self.longest, scale=scale, window_size=around,
+        return varlen_attn(q, k, v, starts, starts, self.max_seqlen, self.max_seqlen, scale=scale, window_size=around,
                            enable_gqa=q.shape[1] != k.shape[1])
 
-    def _attend_padded(self, q, k, v, dropout, scale, slopes=None, window=None):
+    def _padded_attention(self, q, k, v, dropout, scale, slopes=None, window=None):
         # Right padding inside attention only. With is_causal no real token sees padding, so no mask is needed and the
         # flash and memory-efficient kernels stay eligible.
         rows, real, _, real_keys = self._cuda_rows()
         qp, kp, vp = (t[rows].transpose(1, 2) for t in (q, k, v))  # (B, H, T, d)
-        seen = self._visible(self.longest, slopes, window, q.dtype)
+        seen = self._visible(self.max_seqlen, slopes, window, q.dtype)
         if not self.causal:
             seen = {"attn_mask": real_keys[:, None, None]}
         padded = _sdpa(qp, kp, vp, dropout_p=dropout, scale=scale, **seen)
@@ -106,7 +106,7 @@ class Documents:
         if self._rows is None:
             lengths = torch.tensor(self.lengths)
             starts = F.pad(lengths.cumsum(0), (1, 0))
-            t = torch.arange(self.longest)
+            t = torch.arange(self.max_seqlen)
             rows = (starts[:-1, None] + t).clamp(max=int(starts[-1]) - 1)
             real_keys = t < lengths[:, None]
             real = real_keys.flatten().nonzero().squeeze(1)
@@ -114,7 +114,7 @@ class Documents:
         return self._rows
 
 
-class Cache:
+class KVCache:
     """Decoding: the first stream holds the prompts, every later one holds one new token per document still being written.
 
     Keys and values lie in one buffer a layer, (B, K, room, d) for K key heads, documents left-aligned, so positions need no
@@ -124,20 +124,20 @@ class Cache:
     ROOM = 64
 
     def __init__(self, prompt_lengths, device):
-        self.prompts = Documents(prompt_lengths, device, causal=True)
+        self.prompts = PackedSequences(prompt_lengths, device, causal=True)
         self.lengths = torch.tensor(self.prompts.lengths, device=device)  # tokens of each document that are stored
-        self.longest, self.room = self.prompts.longest, self.prompts.longest + self.ROOM
+        self.max_seqlen, self.room = self.prompts.max_seqlen, self.prompts.max_seqlen + self.ROOM
         self.positions, self.filled, self.buffers, self.inputs = self.prompts.positions, False, {}, {}
 
     def advance(self):
         """After each stream: the next one holds a single token a document, at position `lengths`."""
         if self.filled:
             self.lengths += 1
-        self.longest += 1  # that token included
+        self.max_seqlen += 1  # that token included
         self.filled = True
         self.positions = self.lengths
         self._masks = {}
-        if self.longest > self.room:
+        if self.max_seqlen > self.room:
             self.room += self.ROOM
             self.buffers = {layer: tuple(F.pad(t, (0, 0, 0, self.ROOM)) for t in pair) for layer, pair in self.buffers.items()}
 
@@ -153,13 +153,13 @@ class Cache:
             t[places] = t[moved]
             return t[:n]
         self.lengths = kept(self.lengths)
-        self.longest = int(self.lengths.max()) + 1
+        self.max_seqlen = int(self.lengths.max()) + 1
         self.positions = self.lengths
         self._masks = {}
         self.buffers = {layer: (kept(k), kept(v)) for layer, (k, v) in self.buffers.items()}
         self.inputs = {layer: kept(x) for layer, x in self.inputs.items()}
 
-    def attend(self, q, k, v, layer, *, dropout=0.0, scale=None, slopes=None, window=None):
+    def attention(self, q, k, v, layer, *, dropout=0.0, scale=None, slopes=None, window=None):
         if not self.filled:
             starts, lengths = 0, self.prompts.lengths
             buffers = [t.new_zeros(len(lengths), t.shape[1], self.room, t.shape[2]) for t in (k, v)]
@@ -168,7 +168,7 @@ class Cache:
                     buffer[b, :, :n] = t[starts:starts + n].transpose(0, 1)
                 starts += n
             self.buffers[layer] = tuple(buffers)
-            return self.prompts.attend(q, k, v, layer, scale=scale, slopes=slopes, window=window)
+            return self.prompts.attention(q, k, v, layer, scale=scale, slopes=slopes, window=window)
         b = torch.arange(len(q), device=q.device)
         keys, values = self.buffers[layer]
         keys[b, :, self.lengths], values[b, :, self.lengths] = k, v
@@ -195,10 +195,10 @@ class Cache:
         return (seen * weight.T).sum(1)
 
 
-def check_context(layout, context):
+def check_context(sequences, context):
     """InputError where a text is longer than the model reads."""
-    if layout.longest > context:
-        raise InputError(f"a text has {layout.longest} tokens, the model reads {context}: lower --max-length")
+    if sequences.max_seqlen > context:
+        raise InputError(f"a text has {sequences.max_seqlen} tokens, the model reads {context}: lower --max-length")
 
 
 def _added_mask(distance, slopes, window):
@@ -211,7 +211,7 @@ def _added_mask(distance, slopes, window):
     return (-slopes[:, None, None] * distance).masked_fill(hidden, -torch.inf)
 
 
-def _spelled_out(q, k, v, mask, dropout, scale):
+def manual_attention(q, k, v, mask, dropout, scale):
     """softmax(q k^T scale + mask) v; q (G, H, L, d), k and v (G, K, L, d) -> (G, H, L, d). Keeps L^2 numbers a head for the gradient."""
     heads, length, head_dim = q.shape[1:]
     keys = k.shape[1]

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sevloss import InputError, compare, hub, metrics, severity
+from sevloss import InputError, severity
+from sevloss.evaluation import compare, scores
+from sevloss.inputs import hub
 from sevloss.loss import severity_weights
 
 # Runs of one setting may differ in these; the fingerprint of the data stands for the last three.
@@ -23,7 +25,7 @@ FREE_ARGUMENTS = ("seed", "out", "resume", "save_every", "device", "micro_tokens
 @dataclass
 class Answers:
     """What one model made of the test rows. rows: [{row, complaint, reference, severity, probabilities, specialty, answer, finished,
-    nll, tokens}], in the table's order; protocol: what must be the same for answers to be compared; run: as run_facts gives it."""
+    nll, tokens}], in the table's order; protocol: what must be the same for answers to be compared; run: as read_run_json gives it."""
     name: str
     protocol: dict
     rows: list
@@ -72,7 +74,7 @@ def check_same(answers):
                                  f"{what}{values}: evaluate both in one call")
 
 
-def run_facts(name):
+def read_run_json(name):
     """run.json of a run, and which of its models `name` is: {..., "model": "last", "best" or "merged"}; {} for a plain checkpoint."""
     folder = Path(name).resolve()
     inside = folder.name in ("best", "merged") and not (folder / "run.json").is_file()
@@ -108,9 +110,9 @@ def scores_of(answers, bertscore=None):
     """[Score, ...] of one model's answers; bertscore: (n,) F1 or None."""
     def column(key):
         return [row[key] for row in answers.rows]
-    scores = [metrics.Score("NLL", column("nll"), column("tokens"))]
-    scores += [metrics.Score("BERTScore F1", bertscore)] if bertscore is not None else []
-    return scores + metrics.answer_scores(column("complaint"), column("answer"), column("reference"), [not f for f in column("finished")])
+    row_scores = [scores.Score("NLL", column("nll"), column("tokens"))]
+    row_scores += [scores.Score("BERTScore F1", bertscore)] if bertscore is not None else []
+    return row_scores + scores.answer_scores(column("complaint"), column("answer"), column("reference"), [not f for f in column("finished")])
 
 
 def evaluate(answers, bertscores, notes):
@@ -118,32 +120,32 @@ def evaluate(answers, bertscores, notes):
     maybe empty."""
     rows, names = answers[0].rows, [a.name for a in answers]
     settings = settings_of(answers)
-    scores = {a.name: scores_of(a, bertscores.get(a.name)) for a in answers}
-    known = [score.name for score in scores[names[0]]]
+    scores_by_run = {a.name: scores_of(a, bertscores.get(a.name)) for a in answers}
+    known = [score.name for score in scores_by_run[names[0]]]
     probabilities = [row["probabilities"] for row in rows]
-    groups = metrics.row_groups([row["severity"] for row in rows], [p[2] for p in probabilities] if all(probabilities) else None)
+    groups = scores.row_groups([row["severity"] for row in rows], [p[2] for p in probabilities] if all(probabilities) else None)
     compared = [i for i, w in enumerate(groups.values()) if (w > 0).sum() >= compare.FEWEST_ROWS]  # and no specialties: they are too many
     specialties = sorted({row["specialty"] for row in rows if row["specialty"]})
     groups |= {f"specialty: {s}": np.array([float(row["specialty"] == s) for row in rows]) for s in specialties}
     weights = np.stack(list(groups.values()), axis=1)  # (n, g)
 
-    values = {setting: np.stack([np.stack([score.values for score in scores[run]], axis=1) for run in runs])
+    values = {setting: np.stack([np.stack([score.values for score in scores_by_run[run]], axis=1) for run in runs])
               for setting, runs in settings.items()}  # each (seeds, n, k)
-    counts = {setting: np.stack([score.counts for score in scores[runs[0]]], axis=1) for setting, runs in settings.items()}  # each (n, k)
+    counts = {setting: np.stack([score.counts for score in scores_by_run[runs[0]]], axis=1) for setting, runs in settings.items()}  # each (n, k)
 
     means, comparisons = [], []
     if len(settings) > 1 and not compared:
         notes.append(f"Differences are not tested: there are fewer than {compare.FEWEST_ROWS} rows")
     for setting, runs in settings.items():
         mean, low, high = compare.bootstrap_mean(values[setting].mean(0), counts[setting], weights)  # (g, k)
-        each = np.array([[list(of.values()) for of in metrics.summary(scores[run], groups).values()] for run in runs])  # (seeds, g, k)
+        each = np.array([[list(of.values()) for of in scores.summary(scores_by_run[run], groups).values()] for run in runs])  # (seeds, g, k)
         _, spread = compare.seed_spread(each)
         for g, group in enumerate(groups):
             for k, score in enumerate(known):
                 numbers = dict(mean=mean[g, k], low=low[g, k], high=high[g, k])
                 means.append(dict(setting=setting, score=score, group=group, **numbers, sd_seeds=spread[g, k]))
                 if score == "NLL":
-                    numbers = {key: metrics.perplexity(nll) for key, nll in numbers.items()}
+                    numbers = {key: scores.perplexity(nll) for key, nll in numbers.items()}
                     means.append(dict(setting=setting, score="perplexity", group=group, **numbers, sd_seeds=None))
 
     family = math.comb(len(settings), 2) * len(compared) * len(known)
@@ -161,12 +163,12 @@ def evaluate(answers, bertscores, notes):
     for c, p in zip(comparisons, compare.holm([c["p"] for c in comparisons])):
         c |= {"p_holm": p, "sentence": compare.sentence(c["a"], c["b"], c["score"], c["difference"], (c["low"], c["high"]), p, c["group"])}
 
-    columns = {name: {score.name: score.values / np.maximum(score.counts, 1) for score in scores[name]} for name in names}
+    columns = {name: {score.name: score.values / np.maximum(score.counts, 1) for score in scores_by_run[name]} for name in names}
     return without_nan({
         "protocol": answers[0].protocol, "settings": [{"name": name, "runs": runs} for name, runs in settings.items()],
         "groups": {name: int((w > 0).sum()) for name, w in groups.items()},
         "score_names": {name: name for name in [known[0], "perplexity", *known[1:]]},
-        "lower_is_better": list(metrics.LOWER_IS_BETTER), "means": means, "comparisons": comparisons,
+        "lower_is_better": list(scores.LOWER_IS_BETTER), "means": means, "comparisons": comparisons,
         "paper_table": paper_table(settings, means, {a.name: a.run for a in answers}), "notes": notes,
         "rows": [{"row": row["row"], "complaint": row["complaint"], "reference": row["reference"], "specialty": row["specialty"],
                   "severity": None if row["severity"] is None else severity.CLASSES[row["severity"]],
@@ -180,7 +182,7 @@ def evaluate(answers, bertscores, notes):
 def paper_table(settings, means, runs):
     """(header, rows): mean BERTScore F1 in %, a checkpoint a row, a weighting a column, as the paper prints it; None without BERTScore.
 
-    runs: {name: what run_facts gives}. A setting whose cell is taken, say by another learning rate, has a row of its own."""
+    runs: {name: what read_run_json gives}. A setting whose cell is taken, say by another learning rate, has a row of its own."""
     columns = {"base": "base", "none": "CE", "mild": "mild", "strong": "strong", "balanced": "balanced"}
     cells = defaultdict(dict)
     for entry in means:
@@ -201,7 +203,7 @@ def run_records(answers, probabilities):
     """Training curves of a run, as far as its folder is here, and the weights that its weighting gives the evaluated rows."""
     run, steps, validation = Path(answers.name).resolve(), [], []
     run = run if answers.run.get("model") == "last" else run.parent
-    if answers.run and run_facts(answers.name) == answers.run:
+    if answers.run and read_run_json(answers.name) == answers.run:
         steps, validation = _records(run / "metrics.jsonl"), _parsed(run / "validation.json", json.loads)
     coefficients = answers.run.get("coefficients")
     weights = severity_weights(torch.tensor(probabilities), coefficients).tolist() if coefficients and all(probabilities) else []

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sevloss import data, device, metrics, tables
+from sevloss import data, device
+from sevloss.evaluation import scores
+from sevloss.inputs import tables
 
 CPU = device.choose("cpu", "fp32")
 
@@ -31,7 +33,7 @@ def test_response_nll_is_a_sum_over_targets(examples, tiny, most_tokens):
         logits = model(ids, [len(ids)]) @ model.head_weight.T
         first = examples.first_target[i]
         expected.append(sum(F.cross_entropy(logits[t - 1], ids[t]).item() for t in range(first, len(ids))))
-    nll = metrics.response_nll(model, examples, CPU, most_tokens=most_tokens)
+    nll = scores.response_nll(model, examples, CPU, most_tokens=most_tokens)
     assert nll.dtype == torch.float64
     torch.testing.assert_close(nll, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-4)
     assert len(set(expected)) == len(expected)  # or a wrong order would not show
@@ -40,40 +42,40 @@ def test_response_nll_is_a_sum_over_targets(examples, tiny, most_tokens):
 def test_response_nll_switches_dropout_off(examples, tiny):
     model = tiny[0]
     model.train()
-    metrics.response_nll(model, examples, CPU)
+    scores.response_nll(model, examples, CPU)
     assert not model.training
 
 
 def test_perplexity_is_of_all_tokens_together():
     """A short response counts less than a long one: sums over sums."""
-    score = metrics.per_token(torch.tensor([2.0, 30.0]), np.array([1, 9]))
+    score = scores.per_token(torch.tensor([2.0, 30.0]), np.array([1, 9]))
     assert score["nll"] == pytest.approx(3.2)
     assert score["perplexity"] == pytest.approx(math.exp(3.2))
-    assert metrics.per_token(torch.tensor([1e6]), np.array([1]))["perplexity"] < math.inf
-    assert math.isnan(metrics.per_token(torch.tensor([]), np.array([]))["nll"])
+    assert scores.per_token(torch.tensor([1e6]), np.array([1]))["perplexity"] < math.inf
+    assert math.isnan(scores.per_token(torch.tensor([]), np.array([]))["nll"])
 
 
 # --- means ----------------------------------------------------------------------------------------------------------------
 
 def test_summary_by_hand():
     """Row scores are means, token scores sums over sums, also within a class and weighted by p(critical)."""
-    scores = [metrics.Score("urgent", [True, False, True]), metrics.Score("NLL", torch.tensor([2.0, 30.0, 8.0]), np.array([1, 9, 2]))]
-    groups = metrics.row_groups([2, 0, None], critical=[0.5, 0.25, 0.0])
+    row_scores = [scores.Score("urgent", [True, False, True]), scores.Score("NLL", torch.tensor([2.0, 30.0, 8.0]), np.array([1, 9, 2]))]
+    groups = scores.row_groups([2, 0, None], critical=[0.5, 0.25, 0.0])
     assert list(groups) == ["all", "non-critical", "critical", "by p(critical)"]
-    means = metrics.summary(scores, groups)
+    means = scores.summary(row_scores, groups)
     assert means["all"] == pytest.approx({"urgent": 2 / 3, "NLL": 40 / 12})
     assert means["critical"] == pytest.approx({"urgent": 1, "NLL": 2})
     assert means["non-critical"] == pytest.approx({"urgent": 0, "NLL": 30 / 9})
     assert means["by p(critical)"] == pytest.approx({"urgent": 0.5 / 0.75, "NLL": (0.5 * 2 + 0.25 * 30) / (0.5 * 1 + 0.25 * 9)})
-    assert math.isnan(scores[0].mean(np.zeros(3)))
-    assert list(metrics.row_groups([None, None])) == ["all"]
+    assert math.isnan(row_scores[0].mean(np.zeros(3)))
+    assert list(scores.row_groups([None, None])) == ["all"]
 
 
 def test_score_refuses_values_that_are_not_per_row():
     with pytest.raises(ValueError, match="NLL: values"):
-        metrics.Score("NLL", np.zeros(3), np.zeros(2))
+        scores.Score("NLL", np.zeros(3), np.zeros(2))
     with pytest.raises(ValueError, match="chrF: values"):
-        metrics.Score("chrF", np.zeros((3, 3)))
+        scores.Score("chrF", np.zeros((3, 3)))
 
 
 # --- answers --------------------------------------------------------------------------------------------------------------
@@ -82,43 +84,43 @@ def test_answer_scores_are_one_value_per_row():
     answers = ["اذهب إلى الطوارئ", " …", "عندي صداع شديد منذ أسبوع كامل"]
     complaints = ["ألم في الصدر", "سعال", "عندي صداع شديد منذ أسبوع كامل"]
     unfinished = np.array([False, True, False])
-    scores = {score.name: score for score in metrics.answer_scores(complaints, answers, ["الى الطوارئ"] * 3, unfinished)}
-    assert {name: score.values.tolist() for name, score in scores.items() if name not in ("chrF", "BLEU", "ROUGE-L")} == {
+    by_name = {score.name: score for score in scores.answer_scores(complaints, answers, ["الى الطوارئ"] * 3, unfinished)}
+    assert {name: score.values.tolist() for name, score in by_name.items() if name not in ("chrF", "BLEU", "ROUGE-L")} == {
         "words": [3, 0, 6], "empty": [0, 1, 0], "unfinished": [0, 1, 0], "repetitive": [0, 0, 0], "repeats complaint": [0, 0, 1],
         "urgent": [1, 0, 0]}
-    assert all(score.values.shape == (3,) and score.values.dtype == np.float64 for score in scores.values())
-    assert set(metrics.LOWER_IS_BETTER + metrics.NEITHER_IS_BETTER) - set(scores) == {"NLL", "perplexity"}  # no name misspelt
+    assert all(score.values.shape == (3,) and score.values.dtype == np.float64 for score in by_name.values())
+    assert set(scores.LOWER_IS_BETTER + scores.NEITHER_IS_BETTER) - set(by_name) == {"NLL", "perplexity"}  # no name misspelt
 
 
 @pytest.mark.parametrize("text", ["راجع الطبيب غدًا، ولا تقلق", "نعم"])
 def test_identical_arabic_text_scores_full(text):
     """Packages that delete what is not ASCII give it 0; and a short text has no 4-grams."""
-    assert metrics.chrf([text], [text]) == pytest.approx([100])
-    assert metrics.bleu([text], [text]) == pytest.approx([100])
-    assert metrics.rouge_l([text], [text]) == [1]
+    assert scores.chrf([text], [text]) == pytest.approx([100])
+    assert scores.bleu([text], [text]) == pytest.approx([100])
+    assert scores.rouge_l([text], [text]) == [1]
 
 
 def test_unrelated_and_empty_text_scores_nothing():
-    for score in (metrics.chrf, metrics.bleu, metrics.rouge_l):
+    for score in (scores.chrf, scores.bleu, scores.rouge_l):
         assert score(["زكام", "", "زكام", ""], ["شلل", "شلل", "", ""]).tolist() == [0, 0, 0, 0]
 
 
 def test_bleu_splits_at_arabic_punctuation():
     """The last word is the same with and without a question mark: 4 of 5, 3 of 4, 2 of 3 and 1 of 2 n-grams."""
     expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
-    assert metrics.bleu(["راجع طبيبك غدا صباحا؟"], ["راجع طبيبك غدا صباحا"]) == pytest.approx([expected])
+    assert scores.bleu(["راجع طبيبك غدا صباحا؟"], ["راجع طبيبك غدا صباحا"]) == pytest.approx([expected])
 
 
 def test_words():
     """Diacritics, tatweel, case and punctuation do not count; the forms of alef do."""
-    assert metrics.words("خُذْ حبّةً، (2.5 MG) كـــل ٨ ساعات؟") == ["خذ", "حبة", "2", "5", "mg", "كل", "٨", "ساعات"]
-    assert metrics.words("أإا ىي ةه") == ["أإا", "ىي", "ةه"]
-    assert metrics.words("؟! …") == []
+    assert scores.words("خُذْ حبّةً، (2.5 MG) كـــل ٨ ساعات؟") == ["خذ", "حبة", "2", "5", "mg", "كل", "٨", "ساعات"]
+    assert scores.words("أإا ىي ةه") == ["أإا", "ىي", "ةه"]
+    assert scores.words("؟! …") == []
 
 
 def test_rouge_l_by_hand():
     """Longest common subsequence: راجع الطبيب غدا, 3 of 4 and of 5 words."""
-    assert metrics.rouge_l(["راجع الطبيب المختص غدا"], ["راجع أنت الطبيب، غدًا صباحا"]) == pytest.approx([2 * 3 / (4 + 5)])
+    assert scores.rouge_l(["راجع الطبيب المختص غدا"], ["راجع أنت الطبيب، غدًا صباحا"]) == pytest.approx([2 * 3 / (4 + 5)])
 
 
 def test_longest_common_subsequence_against_the_table():
@@ -129,7 +131,7 @@ def test_longest_common_subsequence_against_the_table():
         for i in range(len(a)):
             for j in range(len(b)):
                 table[i + 1][j + 1] = table[i][j] + 1 if a[i] == b[j] else max(table[i][j + 1], table[i + 1][j])
-        assert metrics.longest_common_subsequence(a, b) == table[-1][-1]
+        assert scores.longest_common_subsequence(a, b) == table[-1][-1]
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -142,7 +144,7 @@ def test_longest_common_subsequence_against_the_table():
 ])
 def test_repetitive(text, expected):
     """Loops; not a dosage that comes twice."""
-    assert metrics.repetitive(text) == expected
+    assert scores.repetitive(text) == expected
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -153,7 +155,7 @@ def test_repetitive(text, expected):
 ])
 def test_repeats_complaint(text, expected):
     """More than half of the words in stretches of five; a short mention is no repetition."""
-    assert metrics.repeats_complaint(text, "السلام عليكم، أعاني من ألم شديد في الركبة اليمنى منذ شهر") == expected
+    assert scores.repeats_complaint(text, "السلام عليكم، أعاني من ألم شديد في الركبة اليمنى منذ شهر") == expected
 
 
 URGENT = {
@@ -172,12 +174,12 @@ NOT_URGENT = ["لا داعي للطوارئ", "ما في داعي تروح عا�
 
 @pytest.mark.parametrize("text", sum(URGENT.values(), []))
 def test_urgent(text):
-    assert metrics.urgent(text)
+    assert scores.urgent(text)
 
 
 @pytest.mark.parametrize("text", NOT_URGENT)
 def test_not_urgent(text):
-    assert not metrics.urgent(text)
+    assert not scores.urgent(text)
 
 
 def test_urgent_on_the_sample():
@@ -185,6 +187,6 @@ def test_urgent_on_the_sample():
     lines = Path(__file__).parents[1].joinpath("data/sample.jsonl").read_text(encoding="utf-8").splitlines()
     found = {name: [] for name in ("critical", "non-critical")}
     for row in map(json.loads, lines):
-        found.get(row["Severity"], []).append(metrics.urgent(row["Answer"]))
+        found.get(row["Severity"], []).append(scores.urgent(row["Answer"]))
     assert np.mean(found["critical"]) > 0.95
     assert np.mean(found["non-critical"]) < 0.1

@@ -58,7 +58,7 @@ class Scorer:
         """
         compute = compute or device.choose(dtype="fp32")
         model = load_model(ckpt, device=compute.device)
-        if not hasattr(model, "blocks_output"):
+        if not hasattr(model, "hidden_states"):
             raise InputError(f"{ckpt} is no encoder: BERTScore needs one, like bert-base-multilingual-cased")
         if not 0 <= layer <= model.config.num_hidden_layers:
             raise InputError(f"BERTScore cannot read block {layer}: {ckpt} has blocks 1 to {model.config.num_hidden_layers}")
@@ -120,8 +120,8 @@ class Scorer:
         with self.compute.autocast():
             for part in data.micro_batches([len(ids[text]) for text in texts], range(len(texts)), most_tokens):
                 part = [texts[i] for i in part]
-                tokens, lengths = data.stream([ids[text] for text in part], self.compute.device)
-                hidden = self.model.blocks_output(tokens, lengths, self.layer)  # (N, D)
+                tokens, lengths = data.pack([ids[text] for text in part], self.compute.device)
+                hidden = self.model.hidden_states(tokens, lengths, self.layer)  # (N, D)
                 vectors |= zip(part, F.normalize(hidden.float(), dim=-1).split(lengths))
                 if progress is not None:
                     progress.update(sum(counts[text] for text in part))

@@ -1,0 +1,1 @@
+"""The severity classifier at work: annotating tables, baselines, its report."""

@@ -1,0 +1,1 @@
+"""Scores of answers, comparison of settings, the report."""

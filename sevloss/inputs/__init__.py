@@ -1,0 +1,1 @@
+"""What comes from outside: tables, checkpoints, tokenizer files, raw Arabic text."""
