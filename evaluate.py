@@ -14,15 +14,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal
+from sevloss.data import Fingerprint, digest, file_fingerprint, sample_pairs, split_pairs
 from sevloss.evaluation import findings, scores
 from sevloss.evaluation.bertscore import Scorer
 from sevloss.evaluation.report import write_evaluation
 from sevloss.generate import generate
-from sevloss.hashes import Fingerprint, digest, file_fingerprint
 from sevloss.inputs import arabic, hub, tables
 from sevloss.models import eos_ids, load_model, load_tokenizer
 from sevloss.severity import CLASSES
-from sevloss.splits import sample_pairs, split_pairs
 
 ROWS_AT_ONCE = 64  # answered together; what a stop can lose
 # "paper": what the published notebooks do; their prompt ends where training's says "الاجابة:", and what comes before that is cut off.
@@ -134,7 +133,7 @@ def answer_rows(name, pairs, args, protocol, out):
                     "row": pair.row, "complaint": pair.complaint, "reference": pair.response, "severity": class_of(pair),
                     "probabilities": pair.probabilities, "specialty": pair.specialty,
                     "answer": arabic.unpreprocess(text) if preprocess == "arabert" else text,
-                    "finished": len(ids) < args.max_new_tokens, "nll": nll[i].item(), "tokens": int(examples.targets[i]),
+                    "finished": len(ids) < args.max_new_tokens, "nll": nll[i].item(), "tokens": int(examples.target_counts[i]),
                 }, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(part))

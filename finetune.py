@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal, training_data
 from sevloss.classifier import annotate
+from sevloss.data import file_fingerprint
 from sevloss.evaluation import scores
-from sevloss.hashes import file_fingerprint
 from sevloss.inputs import tables
 from sevloss.loss import linear_weighted_token_ce, severity_weights
 from sevloss.models import enable_gradient_checkpointing, eos_ids, load_model, load_tokenizer, lora, save_model
@@ -173,7 +173,7 @@ def main():
     # Severity -> one weight per example; with the normalisation folded in it is the weight of each of its tokens
     weights = severity_weights(torch.from_numpy(ready.probabilities), coefficients)
     show_weights(weights, coefficients)
-    token_weights = weights.numpy() / (examples.targets if args.normalise == "example" else 1)
+    token_weights = weights.numpy() / (examples.target_counts if args.normalise == "example" else 1)
 
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
@@ -198,7 +198,7 @@ def main():
         epoch, position = divmod(step, steps_per_epoch)
         order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
         chosen = order[position * args.batch_size:(position + 1) * args.batch_size]
-        parts = data.micro_batches(examples.inputs, chosen, args.micro_tokens)
+        parts = data.micro_batches(examples.input_lengths, chosen, args.micro_tokens)
         return chosen, [data.make_batch(examples, part, compute.device, token_weights) for part in parts]
 
     # The loop
@@ -207,14 +207,14 @@ def main():
         model.train()
         began = time.perf_counter()
         chosen, batches = upcoming
-        supervised = int(examples.targets[chosen].sum())
+        supervised = int(examples.target_counts[chosen].sum())
         denominator = len(chosen) if args.normalise == "example" else supervised  # of the whole step, known before any forward pass
 
         total = torch.zeros((), device=compute.device)
         with compute.autocast():  # around all micro-batches: inside, a weight is cast to 16 bits once
             for batch in batches:
                 hidden = model(batch.tokens, batch.lengths)  # (N, D)
-                loss = linear_weighted_token_ce(hidden[batch.supervised], model.head_weight, batch.targets, batch.weights,
+                loss = linear_weighted_token_ce(hidden[batch.supervised_index], model.head_weight, batch.targets, batch.weights,
                                                 denominator=denominator, ignore_index=None)
                 with torch.autocast(compute.device.type, enabled=False):  # of the forward pass alone
                     scaler.scale(loss).backward()  # gradients add up over micro-batches
@@ -231,14 +231,14 @@ def main():
         total, grad_norm = torch.stack([total, grad_norm]).tolist()  # the step's one transfer from the device
         if not math.isfinite(total):
             raise InputError(f"the loss is {total} at step {step + 1}: lower --lr, or --resume from the last save with --dtype fp32")
-        seconds, tokens = time.perf_counter() - began, int(examples.inputs[chosen].sum())
+        seconds, tokens = time.perf_counter() - began, int(examples.input_lengths[chosen].sum())
         metrics_file.write(json.dumps({"step": step + 1, "loss": total, "lr": lr, "grad_norm": grad_norm, "examples": len(chosen),
                                        "tokens": tokens, "supervised_tokens": supervised, "seconds": round(seconds, 4)}) + "\n")
         bar.set_postfix_str(f"loss {total:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
         bar.update()
 
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            score = scores.per_token(scores.response_nll(model, held_out, compute), held_out.targets)["nll"]  # unweighted, always
+            score = scores.per_token(scores.response_nll(model, held_out, compute), held_out.target_counts)["nll"]  # unweighted, always
             better = score < progress["best"]
             if better:
                 progress |= {"best": score, "best_step": step + 1}

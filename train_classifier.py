@@ -19,12 +19,11 @@ from tqdm import tqdm
 
 from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal
 from sevloss.classifier import annotate, baseline, report
-from sevloss.hashes import Fingerprint, file_fingerprint
+from sevloss.data import Fingerprint, complaint_id, file_fingerprint, hash_fraction, split_pairs
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer, save_model
 from sevloss.models.tiny import tiny_bert
 from sevloss.severity import CLASSES, confusion_matrix, fit_temperature, scores
-from sevloss.splits import complaint_id, hash_fraction, split_pairs
 
 
 def parse_arguments():

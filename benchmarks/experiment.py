@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sevloss import InputError, checkpoint, report_errors, splits  # noqa: E402
+from sevloss import InputError, checkpoint, data, report_errors  # noqa: E402
 from sevloss.classifier.annotate import write_rows  # noqa: E402
 from sevloss.evaluation.findings import findings  # noqa: E402
 from sevloss.inputs import hub, tables  # noqa: E402
@@ -31,7 +31,7 @@ SCORES = ("NLL", "BERTScore F1", "chrF", "ROUGE-L", "urgent")
 def write_shuffled(table, to):
     """The table with the probabilities of its training rows shuffled among them; the other rows stay as they are."""
     pairs = tables.read_pairs(table, needed=("complaint", "response", "critical"))
-    train = splits.split_pairs(pairs)["train"]
+    train = data.split_pairs(pairs)["train"]
     probabilities = [pair.probabilities for pair in train]
     random.Random(0).shuffle(probabilities)
     for pair, p in zip(train, probabilities):

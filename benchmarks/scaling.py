@@ -51,7 +51,7 @@ def main():
                 before = sum(side.parts.values()) - side.parts["optimizer"]
                 side.step(examples, torch.ones(rows), np.arange(rows))
                 seconds.append(sum(side.parts.values()) - side.parts["optimizer"] - before)
-            cells.append(f"{1e6 * statistics.median(seconds[1:]) / examples.inputs.sum():13.0f}")  # the first warms up
+            cells.append(f"{1e6 * statistics.median(seconds[1:]) / examples.input_lengths.sum():13.0f}")  # the first warms up
         print(f"{length:>18} " + "".join(cells), flush=True)
 
 

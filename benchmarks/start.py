@@ -25,7 +25,7 @@ from turns import machine, need, print_row, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sevloss import splits  # noqa: E402
+from sevloss import data  # noqa: E402
 from sevloss.inputs import tables  # noqa: E402
 from sevloss.models import from_scratch, save_model  # noqa: E402
 from sevloss.models.tiny import tiny_gpt2  # noqa: E402
@@ -113,7 +113,7 @@ def check_ids(pairs, folder):
     (cache,) = (folder / "runs" / "cache").glob("*.npz")
     with np.load(cache) as arrays:
         ids, starts = arrays["ids"], arrays["starts"]
-    train = [i for i, pair in enumerate(pairs) if splits.split_of(pair.complaint) == "train"]
+    train = [i for i, pair in enumerate(pairs) if data.split_of(pair.complaint) == "train"]
     for number, i in enumerate(train):
         if ids[starts[number]:starts[number + 1]].tolist() != theirs[i]:
             sys.exit(f"the ids of row {pairs[i].row} differ")

@@ -89,12 +89,12 @@ class Ours:
             self.parts[part] += now - began
             began = now
         with self.compute.autocast():
-            for part in data.micro_batches(examples.inputs, chosen, 4096):
-                batch = data.make_batch(examples, part, weights=weights.numpy() / examples.targets)
+            for part in data.micro_batches(examples.input_lengths, chosen, 4096):
+                batch = data.make_batch(examples, part, weights=weights.numpy() / examples.target_counts)
                 lap("data")
                 hidden = self.model(batch.tokens, batch.lengths)
                 lap("forward")
-                loss = linear_weighted_token_ce(hidden[batch.supervised], self.model.head_weight, batch.targets, batch.weights,
+                loss = linear_weighted_token_ce(hidden[batch.supervised_index], self.model.head_weight, batch.targets, batch.weights,
                                                 denominator=len(chosen), ignore_index=None)
                 lap("head and loss")
                 with torch.autocast("cpu", enabled=False):
@@ -134,7 +134,7 @@ class Peer:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")  # (B, T - 1)
-        loss = (nll.sum(1) * weights[chosen] / torch.from_numpy(examples.targets[chosen])).mean()
+        loss = (nll.sum(1) * weights[chosen] / torch.from_numpy(examples.target_counts[chosen])).mean()
         loss.backward()
         value = loss.item()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -153,7 +153,7 @@ def work(args, folder):
         chosen = steps[int(line) % len(steps)]
         began = time.perf_counter()
         loss = side.step(examples, weights, chosen)
-        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss, "tokens": int(examples.inputs[chosen].sum()),
+        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss, "tokens": int(examples.input_lengths[chosen].sum()),
                           "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "parts": side.parts}),
               file=sys.__stdout__, flush=True)
 

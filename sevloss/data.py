@@ -1,9 +1,13 @@
-"""Pairs -> token ids -> batches."""
+"""Pairs -> splits -> token ids -> batches."""
 
+import hashlib
+import os
 import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +19,92 @@ from sevloss.inputs.tables import ROWS_AT_ONCE
 from sevloss.inputs.tokenizer_files import WordEncoder, words_stand_alone
 
 PROMPT = "\n{complaint}\n\nالاجابة:\n"
+
+
+# --- splits, by a hash of the complaint: stateless, and no complaint stands on two sides -----------------------------------
+
+SPLITS = (("train", 0.8), ("validation", 0.9), ("test", 1.0))  # upper ends on [0, 1)
+
+
+class _Normalised(dict):
+    """What str.translate puts in place of a character; found once for each that occurs."""
+
+    def __missing__(self, code):
+        character = chr(code)
+        if unicodedata.combining(character) or character == "\u0640":
+            self[code] = None
+        else:
+            self[code] = character if unicodedata.category(character)[0] in "LN" else " "
+        return self[code]
+
+
+_NORMALISED = _Normalised()
+
+
+def normalised(complaint):
+    """Equal for complaints that differ only in diacritics, tatweel, punctuation, case or white space."""
+    return " ".join(unicodedata.normalize("NFKC", complaint).casefold().translate(_NORMALISED).split()) or complaint
+
+
+def hash_fraction(complaint, salt=""):
+    """A number in [0, 1) that depends on the normalised complaint (and `salt`) alone, the same on every machine."""
+    digest = hashlib.blake2b((salt + normalised(complaint)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2 ** 64
+
+
+def complaint_id(complaint):
+    """A short name of the normalised complaint."""
+    return hashlib.blake2b(normalised(complaint).encode(), digest_size=8).hexdigest()
+
+
+def split_of(complaint):
+    """'train', 'validation' or 'test': 80, 10 and 10 in a hundred. No complaint stands on two sides."""
+    position = hash_fraction(complaint)
+    return next(name for name, end in SPLITS if position < end)
+
+
+def split_pairs(pairs):
+    """{'train': [...], 'validation': [...], 'test': [...]}"""
+    sides = {name: [] for name, _ in SPLITS}
+    for pair in pairs:
+        sides[split_of(pair.complaint)].append(pair)
+    return sides
+
+
+def sample_pairs(pairs, most):
+    """At most `most` of the pairs, the same ones wherever they are chosen, in an order of their own."""
+    return sorted(pairs, key=lambda p: hash_fraction(p.complaint, "order"))[:most]
+
+
+# --- has a table, a file or an argument changed? ----------------------------------------------------------------------
+
+class Fingerprint:
+    """Of pairs, more of which may be added: changes when any text, label or probability that training reads does."""
+
+    def __init__(self, pairs=()):
+        self.digest = hashlib.blake2b(digest_size=8)
+        for pair in pairs:
+            self.add(pair)
+
+    def add(self, pair):
+        about = len(pair.complaint), len(pair.response), pair.severity, pair.probabilities
+        self.digest.update(f"{about}{pair.complaint}{pair.response}".encode())
+
+    def __str__(self):
+        return self.digest.hexdigest()
+
+
+def file_fingerprint(path):
+    """Changes when the file does: name, size and time of change."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    status = os.stat(path)
+    return [Path(path).name, status.st_size, status.st_mtime_ns]
+
+
+def digest(*parts):
+    """A short name of what something was made from."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
 
 # --- token ids ------------------------------------------------------------------------------------------------------------
@@ -86,12 +176,12 @@ class Examples:
         return len(self.first_target)
 
     @cached_property
-    def inputs(self):
+    def input_lengths(self):
         """(n,) tokens that each example feeds: the last is only ever a target."""
         return np.diff(self.starts) - 1
 
     @cached_property
-    def targets(self):
+    def target_counts(self):
         """(n,) supervised tokens of each example, the L of the paper."""
         return np.diff(self.starts) - self.first_target
 
@@ -144,7 +234,7 @@ def encode_published(pairs, tokenizer, *, max_length, eos_id, preprocess):
 class Batch:
     tokens: torch.Tensor  # (N,) whole documents, one after the other
     lengths: list  # of the documents
-    supervised: torch.Tensor  # (S,) positions in the stream whose next token is a target
+    supervised_index: torch.Tensor  # (S,) positions in the stream whose next token is a target
     targets: torch.Tensor  # (S,)
     example: torch.Tensor  # (S,) which document of the batch a target belongs to
     weights: torch.Tensor | None  # (S,) fp32
@@ -152,17 +242,17 @@ class Batch:
 
 def make_batch(examples, indices, device="cpu", weights=None):
     """The examples `indices` as one stream. weights (n,): what a token of each of all examples weighs."""
-    inputs, first = examples.inputs[indices], examples.first_target[indices]
+    inputs, first = examples.input_lengths[indices], examples.first_target[indices]
     begins = np.cumsum(inputs) - inputs
     tokens = np.concatenate([examples.ids[s:s + n] for s, n in zip(examples.starts[indices], inputs)])
     supervised = np.concatenate([np.arange(b + f - 1, b + n) for b, f, n in zip(begins, first, inputs)])
     targets = np.concatenate([examples.ids[s + f:e] for s, f, e in
                               zip(examples.starts[indices], first, examples.starts[np.asarray(indices) + 1])])
-    example = np.repeat(np.arange(len(first)), examples.targets[indices])
+    example = np.repeat(np.arange(len(first)), examples.target_counts[indices])
 
     tensors = [to_device(torch.from_numpy(array.astype(np.int64)), device) for array in (tokens, supervised, targets, example)]
     if weights is not None:
-        weights = to_device(torch.from_numpy(np.repeat(weights[indices], examples.targets[indices]).astype(np.float32)), device)
+        weights = to_device(torch.from_numpy(np.repeat(weights[indices], examples.target_counts[indices]).astype(np.float32)), device)
     return Batch(tensors[0], inputs.tolist(), *tensors[1:], weights)
 
 

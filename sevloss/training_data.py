@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sevloss import data, hashes, splits, training_rows, write_atomically
+from sevloss import data, training_rows, write_atomically
 from sevloss.inputs import arabic, tables, tokenizer_files
 
-CODE = [Path(module.__file__) for module in (tables, splits, training_rows, data, tokenizer_files, arabic)]  # what the ids depend on
+CODE = [Path(module.__file__) for module in (tables, training_rows, data, tokenizer_files, arabic)]  # what the ids depend on
 
 
 @dataclass
@@ -37,8 +37,8 @@ def remembered(folder, rows, tokenizer, arguments, make):
     """make() -> Prepared; or what it gave before for the same table (name, size, time of change), tokenizer, arguments and code.
     Then `rows`, a TrainingRows, are closed."""
     table = rows.table
-    parts = hashes.file_fingerprint(table), tokenizer.to_str(), arguments, [path.read_bytes() for path in (Path(__file__), *CODE)]
-    path = Path(folder) / f"{Path(table).stem}-{hashes.digest(*parts)}.npz"
+    parts = data.file_fingerprint(table), tokenizer.to_str(), arguments, [path.read_bytes() for path in (Path(__file__), *CODE)]
+    path = Path(folder) / f"{Path(table).stem}-{data.digest(*parts)}.npz"
     if path.is_file():
         rows.close()
         print(f"{table} is encoded already: {path}")

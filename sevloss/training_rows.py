@@ -12,8 +12,8 @@ import weakref
 from itertools import islice
 from pathlib import Path
 
-from sevloss import InputError, splits
-from sevloss.hashes import Fingerprint
+from sevloss import InputError, data
+from sevloss.data import Fingerprint
 from sevloss.inputs import tables
 
 LARGE = 2 ** 22  # bytes: below that, another process would take longer to begin than it saves
@@ -59,14 +59,14 @@ class TrainingRows:
         self.probabilities, self.validation, self.kept, fingerprint = [], [], 0, Fingerprint()
         for pair in tables.usable_pairs(self.table, **self.reading):
             fingerprint.add(pair)
-            side = splits.split_of(pair.complaint)
+            side = data.split_of(pair.complaint)
             self.kept += side == "test"
             if side == "validation":
                 self.validation.append(pair)
             elif side == "train" and (self.train_rows is None or len(self.probabilities) < self.train_rows):
                 self.probabilities.append(pair.probabilities or (0.0, 1.0, 0.0))
                 yield pair
-        self.validation, self.fingerprint = splits.sample_pairs(self.validation, self.validation_rows), str(fingerprint)
+        self.validation, self.fingerprint = data.sample_pairs(self.validation, self.validation_rows), str(fingerprint)
         if not self.probabilities or not self.validation:
             raise InputError(f"{self.table} has too few complaints to train and validate on")
 

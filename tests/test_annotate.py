@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from sevloss import InputError, checkpoint, data, device, splits
+from sevloss import InputError, checkpoint, data, device
 from sevloss.classifier import annotate
 from sevloss.inputs import tables
 from sevloss.models import load_model, save_model
@@ -100,7 +100,7 @@ def test_long_complaints_are_cut_to_what_the_model_reads(classifier, tmp_path, w
 
 def test_out_of_fold_probabilities_are_used(run, table, rows, tmp_path, capsys):
     """For a complaint that the model was trained on, however it is punctuated; and the reader is told where there are none."""
-    keys = [splits.complaint_id(rows[i]["Question"]) for i in (4, 9, 11)]
+    keys = [data.complaint_id(rows[i]["Question"]) for i in (4, 9, 11)]
     folds = {keys[0]: [0.1, 0.2, 0.7], keys[1]: [0.6, 0.3, 0.1]}
     (run / "classifier.json").write_text(json.dumps({"temperature": 1.0, "out_of_fold": folds, "trained_on": keys}))
     classifier = annotate.Classifier.load(run, CPU)

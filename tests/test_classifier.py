@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_classifier
-from sevloss import splits
+from sevloss import data
 from sevloss.classifier import baseline, report
 from sevloss.inputs import tables
 
@@ -28,12 +28,12 @@ def test_folds_never_score_a_complaint_that_they_saw(monkeypatch):
     seen = {}
 
     def fit(args, compute, train, validation, preprocess, seed, *, label):
-        seen["keys"] = {splits.complaint_id(p.complaint) for p in train + validation}
-        assert not {splits.complaint_id(p.complaint) for p in train} & {splits.complaint_id(p.complaint) for p in validation}
+        seen["keys"] = {data.complaint_id(p.complaint) for p in train + validation}
+        assert not {data.complaint_id(p.complaint) for p in train} & {data.complaint_id(p.complaint) for p in validation}
         return None, None, None, 1.0
 
     def predict(args, compute, model, tokenizer, scored, preprocess):
-        assert not {splits.complaint_id(p.complaint) for p in scored} & seen["keys"]
+        assert not {data.complaint_id(p.complaint) for p in scored} & seen["keys"]
         return torch.tensor([[float(p.row), 0, 0] for p in scored])
     monkeypatch.setattr(train_classifier, "fit", fit)
     monkeypatch.setattr(train_classifier, "predict", predict)

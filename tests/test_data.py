@@ -37,7 +37,7 @@ def test_prompt_and_response_are_joined_as_ids(encoded, tiny):
         prompt, targets = example(examples, i)
         assert prompt == tiny[1].encode(data.PROMPT.format(complaint=p.complaint)).ids
         assert targets == tiny[1].encode(p.response).ids + [0]
-        assert examples.targets[i] == len(targets) and examples.inputs[i] == len(prompt) + len(targets) - 1
+        assert examples.target_counts[i] == len(targets) and examples.input_lengths[i] == len(prompt) + len(targets) - 1
 
 
 def test_prompts_of_training_and_decoding_are_the_same(encoded, tiny):
@@ -119,8 +119,8 @@ def test_batch_against_a_loop(encoded):
             tokens.append(ids[t - 1])
     batch = data.make_batch(examples, chosen, weights=np.arange(200) / 8)
     assert str(batch.weights.dtype) == "torch.float32" and batch.weights.tolist() == [chosen[d] / 8 for d in documents]
-    assert batch.tokens.tolist() == tokens and batch.lengths == examples.inputs[chosen].tolist()
-    assert batch.supervised.tolist() == supervised
+    assert batch.tokens.tolist() == tokens and batch.lengths == examples.input_lengths[chosen].tolist()
+    assert batch.supervised_index.tolist() == supervised
     assert batch.targets.tolist() == targets
     assert batch.example.tolist() == documents
 
@@ -134,7 +134,7 @@ def test_batch_says_what_the_table_says(encoded, tiny):
     for d, i in enumerate(chosen):
         mine = batch.example == d
         assert tiny[1].decode(batch.targets[mine].tolist()).strip() == pairs[i].response
-        prompt = batch.tokens[begins[d]:batch.supervised[mine][0] + 1].tolist()
+        prompt = batch.tokens[begins[d]:batch.supervised_index[mine][0] + 1].tolist()
         assert tiny[1].decode(prompt).strip(" ") == data.PROMPT.format(complaint=pairs[i].complaint)
 
 

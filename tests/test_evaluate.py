@@ -13,8 +13,8 @@ from conftest import call, lines, refusal
 
 import evaluate
 import finetune
-from sevloss import InputError, checkpoint, data, severity, splits
-from sevloss.evaluation import bertscore, findings, report
+from sevloss import InputError, checkpoint, data, severity
+from sevloss.evaluation import bertscore, findings, report, scores
 from sevloss.inputs import arabic, hub, tables
 from sevloss.models import eos_ids, from_scratch, load_model, load_tokenizer, save_model
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 def table(folder, rows):
     """31 test rows and 100 others, with two specialties."""
     rows = rows + [row | {"Question": row["Question"].replace("منذ", "من")} for row in rows]
-    sides = [[row for row in rows if (splits.split_of(row["Question"]) == "test") == test] for test in (True, False)]
+    sides = [[row for row in rows if (data.split_of(row["Question"]) == "test") == test] for test in (True, False)]
     rows = [row | {"Specialty": ("قلب", "جلد")[i % 2], "Ward": "ج"} for i, row in enumerate(sides[1][:60] + sides[0] + sides[1][60:100])]
     return write(folder / "table.jsonl", rows)
 
@@ -41,7 +41,7 @@ def write(path, rows):
 @pytest.fixture(scope="module")
 def held_out(table):
     """Pairs of the test split."""
-    return splits.split_pairs(tables.read_pairs(table, needed=("complaint", "response")))["test"]
+    return data.split_pairs(tables.read_pairs(table, needed=("complaint", "response")))["test"]
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +416,7 @@ def test_what_makes_new_answers(answered, start, asked, change, again):
     "reference": lambda rows: [row | {"Answer": row["Answer"] + " فورا"} for row in rows],
     "label": lambda rows: [row | {"Severity": "neutral"} for row in rows],
     "specialty": lambda rows: [row | {"Specialty": "عيون"} for row in rows],
-    "numbers of rows": lambda rows: [row for row in rows if splits.split_of(row["Question"]) == "test"],
+    "numbers of rows": lambda rows: [row for row in rows if data.split_of(row["Question"]) == "test"],
 }.items())
 def test_another_table_is_answered_anew(run, table, start, tmp_path, asked, name, change):
     """All that is kept beside an answer is of this table, also which row it is."""

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 import finetune
 import train_classifier
-from sevloss import checkpoint, data, device, hashes, splits
+from sevloss import checkpoint, data, device
 from sevloss.evaluation import findings, scores
 from sevloss.inputs import tables
 from sevloss.models import eos_ids, load_model, load_tokenizer, save_model
@@ -91,7 +91,7 @@ def test_run_folder(base, table):
     assert facts["script"] == "finetune.py" and facts["prompt"] == data.PROMPT and facts["preprocess"] == "arabert"
     assert facts["arguments"]["weighting"] == "balanced" and facts["coefficients"] == [0.5, 1.0, 1.5] and facts["steps"] == 21
     assert {"python", "torch", "tokenizers", "safetensors", "numpy"} == set(facts["versions"])
-    assert facts["data_fingerprint"] == str(hashes.Fingerprint(tables.read_pairs(table, needed=BOTH)))
+    assert facts["data_fingerprint"] == str(data.Fingerprint(tables.read_pairs(table, needed=BOTH)))
     for part in (base, base / "best"):
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in part.iterdir()}
         assert load_model(part).raw_config["sevloss"] == {"prompt": data.PROMPT, "preprocess": "arabert"}
@@ -106,13 +106,13 @@ def test_metrics_are_a_line_per_step(base, table):
     written = lines(base / "metrics.jsonl")
     assert [list(line) for line in written] == [METRICS] * 21
     assert [line["step"] for line in written] == list(range(1, 22))
-    train = splits.split_pairs(tables.read_pairs(table, needed=BOTH))["train"]
+    train = data.split_pairs(tables.read_pairs(table, needed=BOTH))["train"]
     examples = data.encode_pairs(train, load_tokenizer(base), max_length=512, eos_id=eos_ids(load_model(base))[0], preprocess="arabert")
     per_epoch = math.ceil(len(train) / 20)
     for epoch in (written[:per_epoch], written[per_epoch:2 * per_epoch]):
         assert sum(line["examples"] for line in epoch) == len(train)
-        assert sum(line["tokens"] for line in epoch) == examples.inputs.sum()
-        assert sum(line["supervised_tokens"] for line in epoch) == examples.targets.sum()
+        assert sum(line["tokens"] for line in epoch) == examples.input_lengths.sum()
+        assert sum(line["supervised_tokens"] for line in epoch) == examples.target_counts.sum()
     assert written[-1]["loss"] < 0.7 * written[0]["loss"]  # it learns
     assert [line["lr"] for line in written] == pytest.approx([2e-3 * finetune.learning_rate(step, 21, 0.05) for step in range(21)])
 
@@ -127,9 +127,9 @@ def test_learning_rate():
 
 def validation_nll(run, part, table):
     model, tokenizer = load_model(part), load_tokenizer(part)
-    pairs = splits.split_pairs(tables.read_pairs(table, needed=BOTH))["validation"]
+    pairs = data.split_pairs(tables.read_pairs(table, needed=BOTH))["validation"]
     examples = data.encode_pairs(pairs, tokenizer, max_length=512, eos_id=eos_ids(model)[0], preprocess="arabert")
-    return scores.per_token(scores.response_nll(model, examples, device.choose("cpu", "fp32")), examples.targets)["nll"]
+    return scores.per_token(scores.response_nll(model, examples, device.choose("cpu", "fp32")), examples.target_counts)["nll"]
 
 
 def test_best_has_the_lowest_validation_nll_of_all_saves(folder, table, base):
@@ -155,7 +155,7 @@ def test_loss_of_a_step_against_a_loop(folder, base, table, normalise):
     call(finetune, "--ckpt", base, "--data", table, "--out", out, "--max-steps", 1, "--batch-size", 17, "--normalise", normalise,
          "--weighting", "0.2,1,3", "--micro-tokens", 150, "--seed", 3, "--dtype", "fp32")
     model, tokenizer = load_model(base), load_tokenizer(base)
-    train = splits.split_pairs(tables.read_pairs(table, needed=BOTH))["train"]
+    train = data.split_pairs(tables.read_pairs(table, needed=BOTH))["train"]
     examples = data.encode_pairs(train, tokenizer, max_length=512, eos_id=eos_ids(model)[0], preprocess="arabert")
     weighted, nlls, lengths = [], [], []
     for i in np.random.default_rng([3, 0]).permutation(len(train))[:17]:
@@ -194,7 +194,7 @@ def weights_of(folder, table, name, *arguments):
 
 def test_weighting_none_gives_weight_1(folder, table, write_table, rows):
     """With probabilities, and without: the plain fine-tuning that the others are compared with."""
-    train = splits.split_pairs(tables.read_pairs(table, needed=BOTH))["train"]
+    train = data.split_pairs(tables.read_pairs(table, needed=BOTH))["train"]
     torch.testing.assert_close(weights_of(folder, table, "none", "--weighting", "none"), torch.ones(len(train)))
     bare = write_table("bare.csv", [{"question": row["Question"], "answer": row["Answer"]} for row in rows])
     assert torch.equal(weights_of(folder, bare, "bare", "--weighting", "none"), torch.ones(len(train)))
@@ -202,7 +202,7 @@ def test_weighting_none_gives_weight_1(folder, table, write_table, rows):
 
 def test_critical_rows_weigh_most(folder, table):
     """balanced: 0.5, 1, 1.5 for the three classes, here with 0.8 of certainty."""
-    train = splits.split_pairs(tables.read_pairs(table, needed=BOTH))["train"]
+    train = data.split_pairs(tables.read_pairs(table, needed=BOTH))["train"]
     expected = [(0.65, 1.0, 1.35)[p.severity] for p in train]
     assert weights_of(folder, table, "balanced").tolist() == pytest.approx(expected)
 
@@ -212,15 +212,15 @@ def test_probabilities_of_the_classifier_are_used(folder, write_table, rows, cla
     bare = write_table("bare.csv", [{"question": row["Question"], "answer": row["Answer"]} for row in rows])
     weights = weights_of(folder, bare, "annotated", "--classifier", classifier)
     folds = json.loads((classifier / "classifier.json").read_text())["out_of_fold"]
-    train = splits.split_pairs(tables.read_pairs(bare, needed=BOTH))["train"]
-    expected = [sum(a * p for a, p in zip((0.5, 1, 1.5), folds[splits.complaint_id(pair.complaint)])) for pair in train]
+    train = data.split_pairs(tables.read_pairs(bare, needed=BOTH))["train"]
+    expected = [sum(a * p for a, p in zip((0.5, 1, 1.5), folds[data.complaint_id(pair.complaint)])) for pair in train]
     assert weights.tolist() == pytest.approx(expected, abs=1e-4)
     assert len(list((classifier / "annotated").iterdir())) == 1
 
 
 def test_test_rows_do_not_reach_training(folder, table, base, write_table, rows):
     """Other answers in the test split, and nothing changes: neither the vocabulary, nor a step, nor which one is the best."""
-    changed = [{**row, "Answer": "شيء آخر تماما"} if splits.split_of(row["Question"]) == "test" else row for row in rows]
+    changed = [{**row, "Answer": "شيء آخر تماما"} if data.split_of(row["Question"]) == "test" else row for row in rows]
     assert changed != rows
     call(finetune, "--data", write_table("changed.jsonl", changed), "--out", folder / "changed", "--max-steps", 21, "--save-every", 4,
          "--batch-size", 20)
@@ -388,8 +388,8 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
 def test_classifier_run(classifier, table):
     """Out-of-fold probabilities for all rows that were trained on, none for the test rows; the classes by name in config.json."""
     result = json.loads((classifier / "classifier.json").read_text())
-    sides = splits.split_pairs(tables.read_pairs(table, needed=("complaint", "severity")))
-    keys = {splits.complaint_id(p.complaint) for p in sides["train"] + sides["validation"]}
+    sides = data.split_pairs(tables.read_pairs(table, needed=("complaint", "severity")))
+    keys = {data.complaint_id(p.complaint) for p in sides["train"] + sides["validation"]}
     assert set(result["out_of_fold"]) == set(result["trained_on"]) == keys
     assert all(sum(p) == pytest.approx(1) and min(p) >= 0 for p in result["out_of_fold"].values())
     assert 0.05 <= result["temperature"] <= 20
@@ -406,7 +406,7 @@ def test_classifier_run(classifier, table):
 
 def test_classifier_learns_which_class_is_which(classifier, folder, write_table, rows):
     """On test rows; in the table that it writes, by name, so that no order of classes can go wrong between the two."""
-    unlabelled = [{"question": row["Question"], "true": row["Severity"]} for row in rows if splits.split_of(row["Question"]) == "test"]
+    unlabelled = [{"question": row["Question"], "true": row["Severity"]} for row in rows if data.split_of(row["Question"]) == "test"]
     to = folder / "learned.jsonl"
     call(train_classifier, "--ckpt", classifier, "--annotate", write_table("test.csv", unlabelled), "--to", to)
     annotated = lines(to)

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from sevloss import InputError, splits
+from sevloss import InputError, data
 from sevloss.inputs import tables
 
 BOTH = ("complaint", "response")
@@ -172,7 +172,7 @@ def test_no_probabilities(write_table):
 def test_sample_is_usable():
     """The embedded default: all rows, each class on each side."""
     pairs = tables.read_pairs(tables.SAMPLE, needed=(*BOTH, "severity"))
-    for side in splits.split_pairs(pairs).values():
+    for side in data.split_pairs(pairs).values():
         assert all(n >= 3 for n in Counter(p.severity for p in side).values()) and {p.severity for p in side} == {0, 1, 2}
 
 

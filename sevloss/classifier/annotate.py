@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, checkpoint, data, hashes, splits
+from sevloss import InputError, checkpoint, data
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
@@ -76,14 +76,14 @@ class Classifier:
         probabilities = (class_logits(self.model, ids, compute, progress=progress) / self.temperature).softmax(-1)
         if self.out_of_fold:
             for i, complaint in enumerate(complaints):
-                known = self.out_of_fold.get(splits.complaint_id(complaint))
+                known = self.out_of_fold.get(data.complaint_id(complaint))
                 if known is not None:
                     probabilities[i] = torch.tensor(known)
         return probabilities, cut
 
     def seen(self, complaints):
         """How many of the complaints the model was trained on without out-of-fold probabilities for them: it is too sure of these."""
-        return sum(key in self.trained_on and key not in self.out_of_fold for key in map(splits.complaint_id, complaints))
+        return sum(key in self.trained_on and key not in self.out_of_fold for key in map(data.complaint_id, complaints))
 
 
 def check_target(to):
@@ -104,8 +104,8 @@ def annotate_table(classifier, table, to, columns, compute):
     check_target(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     partial, journal = Path(f"{to}.partial"), Path(f"{to}.partial.json")
-    work = {"table": hashes.file_fingerprint(table), "columns": columns,
-            "classifier": hashes.file_fingerprint(classifier.run / "classifier.json")}
+    work = {"table": data.file_fingerprint(table), "columns": columns,
+            "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
     before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
     fresh = {"work": work, "rows": 0, "bytes": 0, "cut": 0, "seen": 0, "labelled": 0}
     state = fresh | before if before.get("work") == work else fresh
@@ -147,7 +147,7 @@ def annotate_table(classifier, table, to, columns, compute):
 def annotated(classifier_run, table, columns, compute):
     """Path of the annotated table, made on the first call and kept in the classifier's run folder for the next ones."""
     classifier = Classifier.load(classifier_run, compute)
-    name = hashes.digest(hashes.file_fingerprint(table), columns)
+    name = data.digest(data.file_fingerprint(table), columns)
     to = Path(classifier_run) / "annotated" / f"{Path(table).stem}-{name}.jsonl"
     if to.exists():
         print(f"severity of {table} is known: {to}")

@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
-from sevloss.splits import normalised
+from sevloss.data import normalised
 
 
 def majority_logits(targets, rows):

@@ -27,9 +27,9 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
     model.eval()
     total = torch.zeros(len(examples), dtype=torch.float64)
     with compute.autocast():
-        for part in data.micro_batches(examples.inputs, range(len(examples)) if indices is None else indices, most_tokens):
+        for part in data.micro_batches(examples.input_lengths, range(len(examples)) if indices is None else indices, most_tokens):
             batch = data.make_batch(examples, part, compute.device)
-            hidden = model(batch.tokens, batch.lengths)[batch.supervised]  # (S, D)
+            hidden = model(batch.tokens, batch.lengths)[batch.supervised_index]  # (S, D)
             nll = torch.cat([F.cross_entropy((h @ model.head_weight.T).float(), t, reduction="none")
                              for h, t in zip(hidden.split(512), batch.targets.split(512))])
             total[part] = torch.zeros(len(part), dtype=torch.float64).index_add_(0, batch.example.cpu(), nll.double().cpu())
