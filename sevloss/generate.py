@@ -4,6 +4,7 @@ step."""
 import hashlib
 
 import torch
+import torch.nn.functional as F
 
 from sevloss import InputError
 from sevloss.data import pack
@@ -11,7 +12,7 @@ from sevloss.device import to_device
 from sevloss.models.attention import KVCache
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, in which autocast would cast every weight at every step
 def generate(model, prompts, *, max_new_tokens, eos_ids=(), temperature=0.0, top_p=1.0, seed=0):
     """prompts: list of id lists -> list of lists of the new ids, without the EOS that ended them.
 
@@ -41,7 +42,7 @@ def generate(model, prompts, *, max_new_tokens, eos_ids=(), temperature=0.0, top
 
     for step in range(max_new_tokens):
         # the next tokens
-        logits = (hidden @ model.head_weight.to(hidden.dtype).T).float()  # (B, V)
+        logits = F.linear(hidden, model.head_weight).float()  # (B, V); of a view, such as .T, no cast is kept
         if temperature:
             tokens = _sample(logits, temperature, top_p, draws[:, step])
         else:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sevloss import InputError
 from sevloss.models import attention, load_model
 from sevloss.models.attention import KVCache, PackedSequences
-from sevloss.models.llama import rope_settings, rotary_angles
+from sevloss.models.llama import RMSNorm, rope_settings, rotary_angles
 
 CAUSAL = ["gpt2", "gpt2_scaled", "aragpt2", "bloom", "bloom_post", "llama", "qwen2", "qwen2_window", "qwen3",
           "lfm2"]
@@ -195,6 +195,25 @@ def test_rotary_angles_are_fp32(edited, golden, name, how):
             model(tokens, cache=sequences)
         rotated.append(sequences.rotated[-500:])
     assert (rotated[1] - rotated[0]).norm() < 0.05 * rotated[0].norm()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "lfm2"])
+@torch.no_grad()
+def test_q_and_k_get_the_dtype_of_v(golden, name, monkeypatch):
+    """On CUDA rms_norm is on autocast's fp32 list: flash would refuse q and k then, and the cache would hold
+    fp32."""
+    model = load_model(golden / name)
+    norm = RMSNorm.forward
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: norm(self, x.float()))
+    dtypes = set()
+    attend = PackedSequences.attention
+    monkeypatch.setattr(PackedSequences, "attention", lambda self, q, k, v, *rest, **options: (
+        dtypes.update((q.dtype, k.dtype, v.dtype)) or attend(self, q, k, v, *rest, **options)))
+    cache = KVCache([9], "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.arange(9), cache=cache)
+    assert dtypes == {torch.bfloat16}
+    assert {t.dtype for pair in cache.buffers.values() for t in pair} == {torch.bfloat16}
 
 
 # ------------------------------------------------------------------ packed sequences

@@ -74,8 +74,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(1, (-1, self.head_dim))  # (N, H, d)
         k = self.k_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
         v = self.v_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
-        q = rotate(self.q_layernorm(q), *angles)
-        k = rotate(self.k_layernorm(k), *angles)
+        q = rotate(self.q_layernorm(q), *angles).to(v.dtype)  # not q's, see llama.py
+        k = rotate(self.k_layernorm(k), *angles).to(v.dtype)
         out = sequences.attention(q, k, v, self.layer)  # (N, H, d)
         return self.out_proj(out.flatten(1))  # (N, D)
 
