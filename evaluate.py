@@ -105,7 +105,9 @@ def answer_rows(name, pairs, args, protocol, out):
     if args.max_new_tokens > max_length // 2:
         raise InputError(f"--max-new-tokens {args.max_new_tokens} leaves too little of {max_length} tokens for the complaint: "
                          f"{max_length // 2} at most")
-    examples = data.encode_pairs(pairs, tokenizer, max_length=max_length, eos_id=eos_ids(model)[0], preprocess=preprocess)
+    examples, cuts = data.encode_pairs(pairs, tokenizer, max_length=max_length, eos_id=eos_ids(model)[0], preprocess=preprocess)
+    if cuts_line := data.describe_cuts(cuts, len(pairs), max_length):
+        print(cuts_line)
     complaints = [data.prepare(p.complaint, preprocess) for p in pairs]
     prompt = data.PROMPT if args.recipe == "default" else data.PROMPT.partition("\n" + HEADING)[0]
     prompts, cut = data.encode_prompts(tokenizer, complaints, max_length - args.max_new_tokens, prompt=prompt)

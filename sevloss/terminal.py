@@ -8,7 +8,8 @@ def table(header, rows):
     cells = [[str(c) for c in row] for row in [header, *rows]]
     widths = [max(_width(row[i]) for row in cells) for i in range(len(header))]
     numeric = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
-    lines = ["  ".join(_pad(c, w, right) for c, w, right in zip(row, widths, numeric)).rstrip() for row in cells]
+    lines = ["  ".join(_pad(c, w, right) for c, w, right in zip(row, widths,
+                                                                numeric)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
@@ -19,7 +20,8 @@ def histogram(values, low, high, bins=12, width=40):
     for value in values:
         counts[min(bins - 1, max(0, int((value - low) / step)))] += 1
     most = max(counts) or 1
-    return "\n".join(f"  {low + i * step:5.2f} to {low + (i + 1) * step:5.2f} {n:7,} {'#' * -(-n * width // most)}"
+    return "\n".join(f"  {low + i * step:5.2f} to {low + (i + 1) * step:5.2f} {n:7,} "
+                     f"{'#' * -(-n * width // most)}"
                      for i, n in enumerate(counts))
 
 

@@ -32,7 +32,7 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
             hidden = model(batch.tokens, batch.lengths)[batch.supervised_index]  # (S, D)
             nll = torch.cat([F.cross_entropy((h @ model.head_weight.T).float(), t, reduction="none")
                              for h, t in zip(hidden.split(512), batch.targets.split(512))])
-            total[part] = torch.zeros(len(part), dtype=torch.float64).index_add_(0, batch.example.cpu(), nll.double().cpu())
+            total[part] = torch.zeros(len(part), dtype=torch.float64).index_add_(0, batch.sequence.cpu(), nll.double().cpu())
     return total
 
 
