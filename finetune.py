@@ -45,7 +45,8 @@ VALIDATION_ROWS = 1000  # enough to choose the best step by; the test rows are e
 # --- configuration ------------------------------------------------------------------------------------------
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model and data").add_argument
     add("--ckpt", default="tiny", help="short name, hub id, folder or run; default: tiny, from scratch")
     add("--data", default=tables.SAMPLE, help=".jsonl, .csv, .tsv or .xlsx with complaints and responses")
@@ -79,7 +80,7 @@ def parse_arguments():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; parameters stay fp32")
-    add("--micro-tokens", type=int, default=4096, help="most tokens in memory at once; the result is the same")
+    add("--micro-tokens", type=int, default=4096, help="most tokens held at once; the result is the same")
     add("--gradient-checkpointing", action="store_true", help="less memory: compute each block twice")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
@@ -95,7 +96,8 @@ def parse_arguments():
     if args.lr is None:
         args.lr = 2e-3 if tiny else 5e-5
     check_positive(args, "epochs", "max_steps", "max_length", "lr", "batch_size", "clip", "micro_tokens",
-                   "save_every", "lora", "lora_alpha", "train_rows", or_zero=("warmup", "weight_decay", "seed", "lora_dropout"))
+                   "save_every", "lora", "lora_alpha", "train_rows",
+                   or_zero=("warmup", "weight_decay", "seed", "lora_dropout"))
     if args.warmup > 1:
         raise InputError(f"--warmup is a share of the steps, at most 1, not {args.warmup}")
     if tiny and recipe == "paper":
@@ -113,7 +115,7 @@ def parse_arguments():
 # --- model --------------------------------------------------------------------------------------------------
 
 def make_model(args, compute, table, **reading):
-    """(model, tokenizer, preprocessing): the checkpoint's; for `tiny` new, with a vocabulary of the training rows."""
+    """(model, tokenizer, preprocessing) of the checkpoint; `tiny`: new, from the words of the training rows."""
     if args.ckpt == "tiny":
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
         with contextlib.redirect_stdout(io.StringIO()):  # encoded_table will say the same about the table
@@ -141,7 +143,7 @@ def make_model(args, compute, table, **reading):
         enable_gradient_checkpointing(model)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{args.ckpt}: {parameters:,} parameters, {trainable:,} of them trainable ({trainable / parameters:.2%}), "
+    print(f"{args.ckpt}: {parameters:,} parameters, {trainable:,} ({trainable / parameters:.2%}) of them learn, "
           f"vocabulary {len(model.head_weight):,}, preprocessing {preprocess}")
     return model.to(compute.device), tokenizer, preprocess
 
@@ -162,9 +164,9 @@ def show_weights(weights, coefficients):
 
 
 def step_batches(examples, token_weights, args, compute, first_step):
-    """Yields (indices of the examples, their micro-batches on the device) of each optimizer step from first_step on.
+    """Yields (indices of the examples, their micro-batches on the device) of each optimizer step.
 
-    Every epoch has an order of its own, which follows from seed and epoch; its last step may have fewer examples.
+    Each epoch has an order of its own, made of seed and epoch; its last step may have fewer examples.
     """
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     order = None
@@ -178,7 +180,7 @@ def step_batches(examples, token_weights, args, compute, first_step):
 
 
 def validate_and_save(run, model, tokenizer, optimizer, scaler, validation, compute, progress):
-    """Scores the model by the unweighted NLL of the validation rows, whatever the weighting; returns a line about it.
+    """Scores the model by the unweighted NLL of validation rows, whatever the weighting; returns a line.
 
     The state is saved first, then the model if it is the best so far: resuming mends a stop in between.
     """
@@ -233,7 +235,7 @@ def main():
     print(f"{len(examples):,} pairs to train on, {len(encoded.validation):,} to validate on, "
           f"{encoded.test_rows:,} kept for evaluate.py")
 
-    # ---- severity -> one weight per example -> with the normalisation folded in, the weight of each of its tokens
+    # ---- severity -> weight of each example -> weight of each of its tokens, the normalisation folded in
     weights = severity_weights(torch.tensor(examples.probabilities), coefficients)  # (n, 3) -> (n,)
     show_weights(weights, coefficients)
     token_weights = weights.numpy()
@@ -259,8 +261,8 @@ def main():
         print(f"going on after step {progress['step']} of {steps}")
     else:
         checkpoint.write_run_json(
-            run, "finetune.py", vars(args), coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT,
-            compute=str(compute), table=str(table), columns=columns, steps=steps,
+            run, "finetune.py", vars(args), coefficients=coefficients, preprocess=preprocess,
+            prompt=data.PROMPT, compute=str(compute), table=str(table), columns=columns, steps=steps,
             data_fingerprint=encoded.fingerprint)
     metrics_file = open(run / "metrics.jsonl", "a", encoding="utf-8")
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
@@ -327,7 +329,7 @@ def main():
     metrics_file.close()
 
     # ---- what there is now
-    print(f"best validation NLL {progress['best']:.4f} at step {progress['best_step']}; {compute.peak_memory()}")
+    print(f"best NLL {progress['best']:.4f}, at step {progress['best_step']}; {compute.peak_memory()}")
     if args.merge:
         save_model(load_model(run), tokenizer, run / "merged")
         print(f"wrote {run}/merged")

@@ -33,11 +33,12 @@ from sevloss.severity import CLASSES, confusion_matrix, fit_temperature, scores
 # --- configuration ------------------------------------------------------------------------------------------
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model and data").add_argument
     add("--ckpt", default="tiny", help="BERT checkpoint or a run of this script; default: tiny, from scratch")
     add("--data", help="labelled table: .jsonl, .csv, .tsv or .xlsx (default: the embedded sample)")
-    add("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post severity=Severity")
+    add("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post")
     add("--preprocess", choices=("auto", "arabert", "none"), default="auto", help="auto: as in pre-training")
     add("--max-length", type=int, default=256, help="most tokens of a complaint")
     add = parser.add_argument_group("optimisation").add_argument
@@ -48,7 +49,7 @@ def parse_arguments():
     add("--weight-decay", type=float, default=0.01)
     add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
     add("--class-balanced", action="store_true", help="every class counts the same in the loss, however rare")
-    add("--seed", type=int, nargs="+", default=[0], help="several: a model each; the best on validation is kept")
+    add("--seed", type=int, nargs="+", default=[0], help="several: a model each; the best is kept")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; parameters stay fp32")
@@ -349,7 +350,8 @@ def train_and_save(args, compute):
     # temperature
     if args.folds:
         scored, logits = out_of_fold(args, compute, train + validation, preprocess)
-        basis = f"{len(scored):,} rows, each scored by a model that has not seen its complaint ({args.folds} folds)."
+        basis = (f"{len(scored):,} rows, each scored by a model that has not seen its complaint "
+                 f"({args.folds} folds).")
     else:
         scored = validation
         logits = {args.ckpt: best.logits, f"{args.ckpt}, calibrated": best.logits / best.temperature}

@@ -39,7 +39,7 @@ def write_atomically(path, write):
 
 
 def report_errors(main):
-    """Decorates a script's main(): an InputError becomes one line and exit code 2, Ctrl-C one line and code 130."""
+    """Decorates a script's main(): InputError becomes a line and exit code 2, Ctrl-C a line and code 130."""
     @functools.wraps(main)
     def run():
         try:

@@ -119,7 +119,7 @@ def load_state(run, model, optimizer, scaler):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what broken files raise has no common class
-        raise InputError(f"--resume: {path} is broken; start again in a new folder, with {run} as --ckpt") from error
+        raise InputError(f"--resume: {path} is broken; start a new run, with {run} as --ckpt") from error
     model.load_state_dict(state["model"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty where there was nothing to scale

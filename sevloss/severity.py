@@ -56,8 +56,8 @@ def expected_calibration_error(probabilities, labels, bins=15):
     """Mean |confidence - accuracy| over equal-width bins of the largest probability (Guo et al. 2017)."""
     confidence, predicted = probabilities.max(-1)
     which = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which,
-                                                            (confidence - (predicted == labels).float()).double())
+    error = (confidence - (predicted == labels).float()).double()
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, error)
     return (gap.abs().sum() / len(labels)).item()
 
 
@@ -70,8 +70,8 @@ def fit_temperature(logits, labels):
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits.double() / log_t.exp(),
-                               labels) + (log_t / 0.5).square() / (2 * len(labels))
+        nll = F.cross_entropy(logits.double() / log_t.exp(), labels)
+        loss = nll + (log_t / 0.5).square() / (2 * len(labels))
         loss.backward()
         return loss
     optimizer.step(closure)

@@ -410,7 +410,7 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
     refused("changed: --lr was 0.002, is 0.01", "--lr", 0.01)
     refused("changed: --weighting was balanced, is mild", "--weighting", "mild")
     refused("changed: --data was", "--data", write_table("copy.jsonl", rows))
-    refused("is broken; start again", change=lambda: (run / "state" / "training.pt").write_bytes(b"half a file"))
+    refused("is broken; start a new run", change=lambda: (run / "state" / "training.pt").write_bytes(b"half a file"))
     refused("was stopped before its first save", change=lambda: shutil.rmtree(run / "state"))
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").unlink())
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").write_text("{}\n"))

@@ -21,14 +21,15 @@ from sevloss.models.gpt2 import GPT2
 from sevloss.models.lfm2 import Lfm2
 from sevloss.models.llama import Llama
 
-FAMILIES = {"gpt2": GPT2, "aragpt2": GPT2, "bloom": Bloom, "llama": Llama, "qwen2": Llama, "qwen3": Llama, "lfm2": Lfm2, "bert": Bert}
+FAMILIES = {"gpt2": GPT2, "aragpt2": GPT2, "bloom": Bloom, "llama": Llama, "qwen2": Llama, "qwen3": Llama,
+            "lfm2": Lfm2, "bert": Bert}
 
 
 def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
-    """A short name, hub id or folder -> nn.Module in eval mode, with .config (sizes) and .raw_config (config.json).
+    """Short name, hub id or folder -> nn.Module in eval mode, with .config (sizes), .raw_config (all).
 
-    num_labels: for encoders, a classification head with that many classes; initialised where the checkpoint has none.
-    Raises InputError for whatever does not fit: unknown model_type, missing, surplus or misshapen tensors, broken files.
+    num_labels: for encoders, a head with that many classes; initialised where the checkpoint has none. Raises
+    InputError for whatever does not fit: unknown model_type, missing, surplus or misshapen tensors, broken files.
     """
     # ---- config.json decides; an adapter leads to its base
     folder = hub.local_folder(ckpt)
@@ -36,8 +37,8 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
         return _load_adapted(folder, dtype, device)
     raw = hub.read_json(folder / "config.json")
     if raw.get("model_type") not in FAMILIES:
-        raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are {', '.join(FAMILIES)}: "
-                         "take a checkpoint of one of these")
+        raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are "
+                         f"{', '.join(FAMILIES)}: take a checkpoint of one of these")
     family = FAMILIES[raw["model_type"]]
     stored = hub.stored_tensors(ckpt)  # {name: function that reads the tensor}
     if num_labels:
@@ -53,7 +54,8 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
     read_second_head = None
     for stored_name in list(stored):
         read = stored.pop(stored_name)  # taken out, so that what the file's version takes is freed in turn
-        name = stored_name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        name = stored_name.replace("LayerNorm.gamma", "LayerNorm.weight")  # old BERTs
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if name not in expected and family.prefix + name in expected:
             name = family.prefix + name
         if name not in expected:
@@ -68,28 +70,30 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
                 continue  # a head for other classes: a new one is made
             raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, config.json asks for "
                              f"{tuple(expected[name].shape)}: get config.json and the weights from one place")
-        if tensor.data_ptr() in addresses:  # in a .bin two can share memory, and training one would change the other
+        # in a .bin two can share memory, and training one would change the other
+        if tensor.data_ptr() in addresses:
             tensor = tensor.clone()
         addresses.add(tensor.data_ptr())
         state[name] = tensor
 
     # ---- what is surplus or missing
     if surplus:
-        raise InputError(f"{ckpt} holds {len(surplus)} tensors that a {raw['model_type']} of its config.json has no "
-                         f"place for: {_some(surplus)}; get config.json and the weights from one place")
+        raise InputError(f"{ckpt} holds {len(surplus)} tensors that a {raw['model_type']} of its "
+                         f"config.json has no place for: {_some(surplus)}; get config.json and the weights "
+                         "from one place")
     missing = [name for name in expected if name not in state]
     needed = [name for name in missing if not any(name.startswith(key) for key in family.optional_keys)]
     if needed:
-        raise InputError(f"{ckpt} lacks {len(needed)} tensors that a {raw['model_type']} of its config.json needs: "
-                         f"{_some(needed)}; get config.json and the weights from one place")
+        raise InputError(f"{ckpt} lacks {len(needed)} tensors that a {raw['model_type']} of its config.json "
+                         f"needs: {_some(needed)}; get config.json and the weights from one place")
     if missing:
         print(f"initialised, not in the checkpoint: {_some(missing)}")
     for name in missing:
         state[name] = initial(name, expected[name].shape).to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)
     if read_second_head and not _equal(read_second_head(), model.head_weight):
-        raise InputError(f"{ckpt}: config.json ties the head to the embedding, but lm_head.weight differs from it: "
-                         "to use it, set tie_word_embeddings to false there")
+        raise InputError(f"{ckpt}: config.json ties the head to the embedding, but lm_head.weight differs "
+                         "from it: to use it, set tie_word_embeddings to false there")
     model.base = hub.full_name(ckpt)
     return model.eval()
 
@@ -105,7 +109,8 @@ def _load_adapted(folder, dtype, device):
     """A folder of LoRA adapters -> their base model with the adapters merged into its weights."""
     base = hub.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base or Path(base).is_dir() and (Path(base) / "adapter_config.json").is_file():
-        raise InputError(f"{folder}/adapter_config.json gives {base!r} as base_model_name_or_path: it must be a whole model")
+        raise InputError(f"{folder}/adapter_config.json gives {base!r} as base_model_name_or_path: it must "
+                         "be a whole model")
     model = load_model(base, dtype=dtype, device=device)
     lora.load(model, folder)
     lora.merge(model)
@@ -117,8 +122,8 @@ def _load_adapted(folder, dtype, device):
 
 
 def enable_gradient_checkpointing(model):
-    """What a block computed is thrown away and computed again in the backward pass: a third more time, for memory that
-    holds one block's activations instead of all."""
+    """What a block computed is thrown away and computed again in the backward pass: a third more time, and
+    memory for one block's activations instead of all."""
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -133,14 +138,17 @@ def build(family, raw):
         if field.default is MISSING and not (isinstance(value, int) and value > 0):
             raise InputError(f"{what} gives {field.name} as {value!r}: it must be a positive number")
         if isinstance(field.default, (int, float)) and not isinstance(value, (int, float, type(None))):
-            raise InputError(f"{what} gives {field.name} as {value!r}: write it as {field.default!r} is written")
+            raise InputError(f"{what} gives {field.name} as {value!r}: write it as {field.default!r} is "
+                             "written")
     config = family.Config(**{field.name: raw[field.name] for field in fields(family.Config) if field.name in raw})
     with torch.device("meta"):  # the values come later
         model = family(config)
     for i in eos_ids(model):
         if not 0 <= i < config.vocab_size:
-            raise InputError(f"config.json gives eos_token_id {i}, outside the vocabulary of {config.vocab_size}")
-    model.raw_config = {key: value for key, value in raw.items() if key not in ("num_labels", "pooler", "pooling")}
+            raise InputError(f"config.json gives eos_token_id {i}, outside the vocabulary of "
+                             f"{config.vocab_size}")
+    model.raw_config = {key: value for key, value in raw.items() if key not in ("num_labels", "pooler",
+                                                                                "pooling")}
     return model
 
 
@@ -148,7 +156,8 @@ def from_scratch(raw):
     """A model with random weights from the global generator. raw: what its config.json would say."""
     family = FAMILIES[raw["model_type"]]
     model = build(family, raw)
-    model.load_state_dict({name: initial(name, t.shape) for name, t in model.state_dict().items()}, assign=True)
+    model.load_state_dict({name: initial(name, t.shape) for name, t in model.state_dict().items()},
+                          assign=True)
     return model.eval()
 
 
@@ -162,9 +171,11 @@ def initial(name, shape):
 
 
 def load_tokenizer(ckpt) -> Tokenizer:
-    """The checkpoint's tokenizer.json, else what its vocabulary files give, with padding and truncation switched off.
+    """The checkpoint's tokenizer.json, else what its vocabulary files give, with padding and truncation
+    switched off.
 
-    Raises InputError where there is none, or one that gives ids which the checkpoint's embedding has no row for.
+    Raises InputError where there is none, or one that gives ids which the checkpoint's embedding has no row
+    for.
     """
     path = hub.find_file(ckpt, hub.TOKENIZERS)
     try:
@@ -182,13 +193,14 @@ def load_tokenizer(ckpt) -> Tokenizer:
     rows = hub.read_optional(ckpt, "config.json").get("vocab_size")
     tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
     if rows and tokens > rows:  # fewer tokens than rows is well: many embeddings are padded
-        raise InputError(f"{ckpt}: the tokenizer has {tokens} tokens, the model {rows}: take the tokenizer that the "
-                         "model was trained with")
+        raise InputError(f"{ckpt}: the tokenizer has {tokens} tokens, the model {rows}: take the tokenizer "
+                         "that the model was trained with")
     return tokenizer
 
 
 def save_model(model, tokenizer, folder):
-    """Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json, which `transformers` opens too.
+    """Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json, which `transformers`
+    opens too.
 
     Of a model with LoRA layers the adapters alone are written, in the format of `peft`.
     """
@@ -210,10 +222,11 @@ def save_model(model, tokenizer, folder):
         lora.save(model, folder)
     else:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path,
+                                                                              metadata={"format": "pt"}))
 
-    # ---- tokenizer; without tokenizer_config.json transformers picks a class by model_type and, for GPT-2, loses the
-    # prefix space
+    # ---- tokenizer; without tokenizer_config.json transformers picks a class by model_type and, for GPT-2,
+    # loses the prefix space
     write_atomically(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
     special = {}
     for eos in eos_ids(model)[:1]:
