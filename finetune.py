@@ -115,7 +115,7 @@ def parse_arguments():
 # --- model --------------------------------------------------------------------------------------------------
 
 def make_model(args, compute, table, **reading):
-    """(model, tokenizer, preprocessing) of the checkpoint; `tiny`: new, from the words of the training rows."""
+    """(model, tokenizer, preprocessing) of the checkpoint; `tiny`: new, of the training rows."""
     if args.ckpt == "tiny":
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
         with contextlib.redirect_stdout(io.StringIO()):  # encoded_table will say the same about the table
@@ -143,7 +143,7 @@ def make_model(args, compute, table, **reading):
         enable_gradient_checkpointing(model)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{args.ckpt}: {parameters:,} parameters, {trainable:,} ({trainable / parameters:.2%}) of them learn, "
+    print(f"{args.ckpt}: {parameters:,} parameters, {trainable:,} ({trainable / parameters:.2%}) learn, "
           f"vocabulary {len(model.head_weight):,}, preprocessing {preprocess}")
     return model.to(compute.device), tokenizer, preprocess
 

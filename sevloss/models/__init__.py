@@ -26,10 +26,10 @@ FAMILIES = {"gpt2": GPT2, "aragpt2": GPT2, "bloom": Bloom, "llama": Llama, "qwen
 
 
 def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
-    """Short name, hub id or folder -> nn.Module in eval mode, with .config (sizes), .raw_config (all).
+    """Short name, hub id or folder -> nn.Module in eval mode, with .config (sizes) and .raw_config.
 
-    num_labels: for encoders, a head with that many classes; initialised where the checkpoint has none. Raises
-    InputError for whatever does not fit: unknown model_type, missing, surplus or misshapen tensors, broken files.
+    num_labels: for encoders, a head with that many classes, initialised where the checkpoint has none.
+    InputError for whatever does not fit: model_type, missing, surplus or misshapen tensors, broken files.
     """
     # ---- config.json decides; an adapter leads to its base
     folder = hub.local_folder(ckpt)
@@ -140,15 +140,16 @@ def build(family, raw):
         if isinstance(field.default, (int, float)) and not isinstance(value, (int, float, type(None))):
             raise InputError(f"{what} gives {field.name} as {value!r}: write it as {field.default!r} is "
                              "written")
-    config = family.Config(**{field.name: raw[field.name] for field in fields(family.Config) if field.name in raw})
+    names = [field.name for field in fields(family.Config) if field.name in raw]
+    config = family.Config(**{name: raw[name] for name in names})
     with torch.device("meta"):  # the values come later
         model = family(config)
     for i in eos_ids(model):
         if not 0 <= i < config.vocab_size:
             raise InputError(f"config.json gives eos_token_id {i}, outside the vocabulary of "
                              f"{config.vocab_size}")
-    model.raw_config = {key: value for key, value in raw.items() if key not in ("num_labels", "pooler",
-                                                                                "pooling")}
+    derived = ("num_labels", "pooler", "pooling")  # not of config.json
+    model.raw_config = {key: value for key, value in raw.items() if key not in derived}
     return model
 
 
