@@ -188,7 +188,8 @@ def load_tokenizer(ckpt) -> Tokenizer:
         raise
     except Exception as error:  # the binding raises plain Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} cannot be read as a tokenizer: {reason}; delete it and get it again") from error
+        message = f"{path} cannot be read as a tokenizer: {reason}; delete it and get it again"
+        raise InputError(message) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     rows = hub.read_optional(ckpt, "config.json").get("vocab_size")
