@@ -150,8 +150,10 @@ def answer_rows(name, run, pairs, protocol, args, path):
     if args.max_new_tokens > most_new:
         raise InputError(f"--max-new-tokens {args.max_new_tokens} leaves too little of {max_length} tokens "
                          f"for the complaint: {most_new} at most")
-    examples = data.encode_pairs(pairs, tokenizer, max_length=max_length, eos_id=eos_ids(model)[0],
-                                 preprocess=preprocess)
+    examples, cuts = data.encode_pairs(pairs, tokenizer, max_length=max_length, eos_id=eos_ids(model)[0],
+                                       preprocess=preprocess)
+    if line := data.describe_cuts(cuts, len(pairs), max_length):
+        print(line)
     complaints = [data.prepare(pair.complaint, preprocess) for pair in pairs]
     prompt = data.PROMPT.partition("\n" + HEADING)[0] if args.recipe == "paper" else data.PROMPT
     most = max_length - args.max_new_tokens

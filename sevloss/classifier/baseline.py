@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 
-from sevloss.data import normalised
+from sevloss.data import normalise
 
 
 def majority_logits(targets, rows):
@@ -55,7 +55,7 @@ def linear_logits(texts, targets, others, *, strength=1.0):
 def ngrams(text):
     """Counter of the 2- to 5-grams of each word with its borders."""
     counts = Counter()
-    for word in normalised(text).split():
+    for word in normalise(text).split():
         word = f" {word} "
         for n in range(2, 6):
             counts.update(word[i:i + n] for i in range(len(word) - n + 1))

@@ -36,10 +36,10 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
             batch = data.make_batch(examples, part, compute.device)
             hidden = model(batch.tokens, batch.lengths)[batch.supervised_index]  # (S, D)
             nll = torch.zeros(len(part), dtype=torch.float64, device=compute.device)
-            chunks = zip(hidden.split(512), batch.targets.split(512), batch.example.split(512))
-            for h, targets, example in chunks:  # not all logits at once
+            chunks = zip(hidden.split(512), batch.targets.split(512), batch.sequence.split(512))
+            for h, targets, sequence in chunks:  # not all logits at once
                 logits = F.linear(h, model.head_weight).float()  # (512, V)
-                nll.index_add_(0, example, F.cross_entropy(logits, targets, reduction="none").double())
+                nll.index_add_(0, sequence, F.cross_entropy(logits, targets, reduction="none").double())
             order += part
             sums.append(nll)
     total = torch.zeros(len(examples), dtype=torch.float64)

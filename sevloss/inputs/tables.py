@@ -210,7 +210,7 @@ class Skipped:
         return f"left out {sum(map(len, self.rows.values())):,} rows: " + "; ".join(parts)
 
 
-def iterate_pairs(path, *, needed, columns=None, skipped):
+def iterate_pairs(path, *, needed, columns=None, skipped, probabilities="ignored"):
     """Yields a Pair per usable row; the others go into `skipped`. needed: roles that a row must have."""
     rows = read_rows(path)
     first = list(islice(rows, 1000))  # a .jsonl row may lack a field that others have
@@ -219,7 +219,11 @@ def iterate_pairs(path, *, needed, columns=None, skipped):
         raise InputError(f"{path} has no rows")
     if not names:
         raise InputError(f"{path}: all rows have more cells than the header")
+    if probabilities == "required":
+        needed = (*needed, "critical")
     found = find_columns(path, names, columns or {}, needed)
+    if probabilities == "if present" and "critical" in found:
+        needed = (*needed, "critical")
     print(f"{path}: " + ", ".join(f"{role} = {name!r}" for role, name in found.items()))
     used = {name for role, name in found.items() if role != "specialty"}
     others = [name for name in names if name not in used]
@@ -276,10 +280,10 @@ def _probabilities(value):
     return tuple(p / sum(probabilities) for p in probabilities)
 
 
-def usable_pairs(path, *, needed, columns=None):
+def usable_pairs(path, *, needed, columns=None, probabilities="ignored"):
     """Yields the usable pairs of a table. Prints which columns were found and, in the end, what was left out, by reason."""
     skipped, pair = Skipped(), None
-    for pair in iterate_pairs(path, needed=needed, columns=columns, skipped=skipped):
+    for pair in iterate_pairs(path, needed=needed, columns=columns, skipped=skipped, probabilities=probabilities):
         yield pair
     if skipped.rows:
         print(f"  {skipped}")
