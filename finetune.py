@@ -39,7 +39,6 @@ RECIPES = {"default": {}, "paper": dict(
     supervise="row", max_length=512, train_rows=20_000, epochs=3.0, batch_size=8, lr=2e-4, warmup=0.0,
     weight_decay=0.0,
     clip=1.0, lora=16, lora_alpha=32.0, lora_dropout=0.05)}
-VALIDATION_ROWS = 1000  # enough to choose the best step by; the test rows are evaluate.py's
 
 
 # --- configuration ------------------------------------------------------------------------------------------
@@ -114,7 +113,7 @@ def parse_arguments():
 
 # --- model --------------------------------------------------------------------------------------------------
 
-def make_model(args, compute, table, **reading):
+def make_model(args, compute, table, reading):
     """(model, tokenizer, preprocessing) of the checkpoint; `tiny`: new, of the training rows."""
     if args.ckpt == "tiny":
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
@@ -224,13 +223,13 @@ def main():
 
     # ---- model and tokenizer; seeded here: runs that differ only in their weights start from the same model
     device.seed_everything(args.seed)
-    model, tokenizer, preprocess = make_model(args, compute, table, **reading)
+    model, tokenizer, preprocess = make_model(args, compute, table, reading)
 
     # ---- data: table -> pairs -> splits -> ids
-    encoded = data.encoded_table(
-        table, tokenizer, probabilities=probabilities, columns=columns, supervise=args.supervise,
-        train_rows=args.train_rows, validation_rows=VALIDATION_ROWS, preprocess=preprocess,
-        max_length=min(args.max_length, model.config.context), eos_id=eos_ids(model)[0])
+    encoding = dict(max_length=min(args.max_length, model.config.context), eos_id=eos_ids(model)[0],
+                    preprocess=preprocess)
+    encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
+                                 supervise=args.supervise, train_rows=args.train_rows)
     examples = encoded.train
     print(f"{len(examples):,} pairs to train on, {len(encoded.validation):,} to validate on, "
           f"{encoded.test_rows:,} kept for evaluate.py")

@@ -77,8 +77,7 @@ def parse_arguments():
 # --- model and data -----------------------------------------------------------------------------------------
 
 def make_model(args, texts, seed):
-    """(model with a head for the three classes, tokenizer). tiny: new, with a vocabulary trained on
-    `texts`."""
+    """(model with a head for the classes, tokenizer). tiny: new, with a vocabulary of `texts`."""
     device.seed_everything(seed)
     if args.ckpt == "tiny":
         model, tokenizer = tiny_bert(texts, num_labels=3)
@@ -93,8 +92,7 @@ def make_model(args, texts, seed):
 
 
 def soft_targets(pairs):
-    """Complaints without repetition and their targets (n, 3): where one has several labels, the labels'
-    shares."""
+    """Distinct complaints and targets (n, 3): where one has several labels, the labels' shares."""
     complaints = {}
     counts = defaultdict(lambda: [0, 0, 0])
     for pair in pairs:
@@ -256,8 +254,7 @@ def make_folds(pairs, folds):
 
 
 def out_of_fold(args, compute, pairs, preprocess):
-    """`pairs` in the order of their folds, and {name: logits} from models that have not seen them, baselines
-    too."""
+    """`pairs` by fold, and {name: logits} of models that have not seen them, baselines too."""
     ordered = []
     parts = defaultdict(list)
     for fold, (train, validation, scored) in enumerate(make_folds(pairs, args.folds)):

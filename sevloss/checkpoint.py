@@ -21,8 +21,7 @@ FREE_ON_RESUME = ("resume", "out", "save_every", "device", "dtype", "micro_token
 
 
 def new_run(out, kind, resume):
-    """The run folder: `out` as given, or runs/<kind>-001 and so on. One that is not empty is refused without
-    --resume."""
+    """`out` as given, or runs/<kind>-001 and so on. One that is not empty is refused without --resume."""
     if out is None:
         if resume:
             raise InputError("--resume needs the run folder: --out RUN")
@@ -41,11 +40,14 @@ def new_run(out, kind, resume):
 
 
 def check_layout(run):
-    """InputError for a run folder of the older layout, whose top level was the last step and not the best
-    one."""
-    if (Path(run) / "best").is_dir() and (Path(run) / "run.json").is_file():
+    """InputError for a run of the older layout, whose top level was the last step's model, or another
+    split rule. Folders that are no run pass."""
+    if not (Path(run) / "run.json").is_file():
+        return
+    if (Path(run) / "best").is_dir():
         raise InputError(f"{run} is a run of an older version, its best model is in {run}/best: move that "
                          "folder out of it and give its new path as checkpoint; training cannot go on")
+    check_split_rule(hub.read_json(Path(run) / "run.json").get("split_rule"), run)
 
 
 def write_json(path, value):
@@ -59,8 +61,7 @@ def write_lines(path, lines):
 
 
 def keep_lines(path, count):
-    """Cuts a file to its first `count` lines: what a stopped run wrote after its last save is written
-    again."""
+    """Cuts a file to its first `count` lines: what came after the last save is written again."""
     content = path.read_bytes() if path.is_file() else b""  # bytes: a stop may have cut a letter in half
     lines = content.split(b"\n")[:-1][:count]
     if len(lines) < count:
@@ -70,8 +71,7 @@ def keep_lines(path, count):
 
 
 def write_run_json(run, script, arguments, **results):
-    """Makes the folder with run.json: what was asked (paths as typed), which versions ran, what the data
-    was."""
+    """Makes the folder with run.json: what was asked, which versions ran, what the data was."""
     run.mkdir(parents=True, exist_ok=True)
     versions = {package: version(package) for package in ("torch", "tokenizers", "safetensors", "numpy")}
     write_json(run / "run.json", {
@@ -84,7 +84,6 @@ def check_resumed(run, script, arguments, fingerprint):
     before = hub.read_json(run / "run.json")
     if before.get("script") != script:
         raise InputError(f"--resume: {run} is no run of {script}")
-    check_split_rule(before.get("split_rule"), run)
     then = before.get("arguments", {})
     changed = [f"--{name.replace('_', '-')} was {then.get(name)}, is {value}" for name,
                value in arguments.items()

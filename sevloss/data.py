@@ -52,15 +52,13 @@ _NORMALISED_CHARACTERS = _NormalisedCharacters()
 
 
 def normalise(complaint):
-    """Equal for complaints that differ only in diacritics, invisible marks, tatweel, punctuation, case or
-    white space."""
+    """Equal for complaints that differ in diacritics, invisible marks, punctuation, case or space alone."""
     text = unicodedata.normalize("NFKC", complaint).casefold().translate(_NORMALISED_CHARACTERS)
     return " ".join(text.split()) or complaint
 
 
 def hash_fraction(complaint, salt=""):
-    """A number in [0, 1) that depends on the normalised complaint and `salt` alone, the same on every
-    machine."""
+    """In [0, 1), from the normalised complaint and `salt` alone: the same on every machine."""
     digest = hashlib.blake2b((salt + normalise(complaint)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2 ** 64
 
@@ -90,8 +88,7 @@ def sample_pairs(pairs, size):
 
 
 def check_split_rule(stored, name):
-    """InputError where `name` (a run) was made by another rule: its test rows are training rows of this
-    one."""
+    """InputError where `name`, a run, was made by another rule: its test rows may be training rows now."""
     if stored != SPLIT_RULE:
         raise InputError(f"{name} was made with split rule {stored or 1}, this version has rule "
                          f"{SPLIT_RULE}: rows would change sides between training and test; train it again, "
@@ -132,8 +129,7 @@ def digest(*parts):
 # --- token ids ----------------------------------------------------------------------------------------------
 
 def choose_preprocess(choice, ckpt, raw_config):
-    """auto|arabert|none -> arabert|none. auto: as stored in a run folder, else as the checkpoint was
-    trained."""
+    """auto|arabert|none -> arabert|none. auto: as stored in a run, else as in pre-training."""
     if choice != "auto":
         return choice
     stored = raw_config.get("sevloss", {}).get("preprocess")
@@ -154,8 +150,7 @@ def prepare(text, preprocess):
 
 
 def encode(tokenizer, texts, *, special):
-    """List of id lists. Words like '</s>' in a text stay text. special: with the tokenizer's own BOS, CLS or
-    SEP."""
+    """List of id lists. '</s>' in a text stays text. special: with the tokenizer's BOS, CLS or SEP."""
     tokenizer.encode_special_tokens = True
     ids = []
     for start in range(0, len(texts), 1024):
@@ -165,8 +160,7 @@ def encode(tokenizer, texts, *, special):
 
 
 def encode_and_cut(tokenizer, texts, max_length):
-    """(id lists with [CLS] and [SEP], how many were cut): a text that is too long loses its end, not its
-    [SEP]."""
+    """(id lists with [CLS] and [SEP], how many were cut): what is too long loses its end, not its [SEP]."""
     ids = encode(tokenizer, texts, special=True)
     cut = 0
     for i, text_ids in enumerate(ids):
@@ -200,8 +194,7 @@ def encode_prompts(tokenizer, complaints, max_lengths, prompt=PROMPT):
 
 @dataclass
 class Examples:
-    """n encoded pairs, end to end. Example i is prompt, response, EOS; its ids from first_target[i] on are
-    targets."""
+    """n encoded pairs, end to end: prompt, response, EOS; those from first_target on are targets."""
     ids: np.ndarray  # (total,) int32
     lengths: np.ndarray  # (n,) int32
     first_target: np.ndarray  # (n,) int32
@@ -231,8 +224,7 @@ class Examples:
 
 
 def encode_pairs(pairs, tokenizer, *, max_length, eos_id, preprocess):
-    """PROMPT and response encoded apart and joined, then EOS, at most max_length ids: (Examples, Counter of
-    cuts).
+    """(Examples, Counter of cuts): PROMPT and response encoded apart, joined, then EOS; at most max_length.
 
     Where a pair is too long, the prompt keeps at least half of max_length; a response that is cut has no EOS.
     """
@@ -255,17 +247,17 @@ def encode_published(pairs, tokenizer, *, max_length, eos_id, preprocess):
         texts.append(prompt + prepare(pair.response, preprocess))
     encoded = encode(tokenizer, texts, special=True)
     rows = [(ids + [eos_id] * max_length)[:max_length] for ids in encoded]
-    return _examples(pairs, rows,
-                     [1] * len(rows)), Counter(responses=sum(len(ids) > max_length for ids in encoded))
+    cuts = Counter(responses=sum(len(ids) > max_length for ids in encoded))
+    return _examples(pairs, rows, [1] * len(rows)), cuts
 
 
 def _examples(pairs, rows, first_target):
+    probabilities = [pair.probabilities or (0, 1, 0) for pair in pairs]
     return Examples(
         ids=np.fromiter(chain.from_iterable(rows), np.int32),
         lengths=np.array([len(row) for row in rows], np.int32),
         first_target=np.array(first_target, np.int32),
-        probabilities=np.array([pair.probabilities or (0, 1, 0) for pair in pairs], np.float32).reshape(-1,
-                                                                                                        3))
+        probabilities=np.array(probabilities, np.float32).reshape(-1, 3))
 
 
 def describe_cuts(cuts, pairs, max_length):
@@ -278,7 +270,6 @@ def describe_cuts(cuts, pairs, max_length):
 
 # --- the encoded table: flat files, written once, read through np.memmap ------------------------------------
 
-# of Examples
 ARRAYS = {"ids": np.int32, "lengths": np.int32, "first_target": np.int32, "probabilities": np.float32}
 
 
@@ -291,59 +282,57 @@ class EncodedTable:
     test_rows: int  # how many are kept for evaluate.py
 
 
-def encoded_table(table, tokenizer, *, probabilities, columns, supervise, train_rows, validation_rows,
-                  folder="runs/encoded",
-                  **encoding):
-    """The EncodedTable of a table's usable rows, from a folder of flat files; made first where there is none.
+def encoded_table(table, tokenizer, *, reading, encoding, supervise="response", train_rows=None,
+                  validation_rows=1000, folder="runs/encoded"):
+    """The EncodedTable of a table, from a folder of flat files; they are made first where there are none.
 
-    supervise: response or row. train_rows: use only so many training rows (None: all); validation_rows: at
-    most so many. The folder is named after what it is made from, written under another name, renamed, and
-    never changed, so two makers at once do not meet, and a stale one can be deleted at any time. What was
-    printed then is printed again.
+    reading: arguments of tables.usable_pairs; encoding: of encode_pairs; supervise: response or row;
+    train_rows: only the first so many (None: all); validation_rows: at most so many, to choose the best step.
+    The folder is named after all that it is made from. It is written under another name, renamed and never
+    changed, so two makers at once are harmless, and a stale one can be deleted at any time. What was printed
+    when it was made is printed again.
     """
-    made_from = dict(table=file_fingerprint(table), probabilities=probabilities, columns=columns,
-                     supervise=supervise,
+    made_from = dict(table=file_fingerprint(table), reading=reading, encoding=encoding, supervise=supervise,
                      train_rows=train_rows, validation_rows=validation_rows, prompt=PROMPT,
-                     split_rule=SPLIT_RULE,
-                     tokenizer=digest(tokenizer.to_str()), **encoding)
+                     split_rule=SPLIT_RULE, tokenizer=digest(tokenizer.to_str()))
     folder = Path(folder) / f"{Path(table).stem}-{digest(made_from)}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
-                summary = _write_table(temporary, table, tokenizer, probabilities, columns, supervise,
-                                       train_rows,
-                                       validation_rows, encoding)
-            summary |= {"printed": printed.getvalue(), "made_from": made_from}
-            (temporary / "table.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1),
-                                                  encoding="utf-8")
+                summary = _write_table(temporary, table, tokenizer, reading, encoding, supervise, train_rows,
+                                       validation_rows)
+            summary = json.dumps({**summary, "printed": printed.getvalue(), "made_from": made_from}, indent=1)
+            (temporary / "table.json").write_text(summary, encoding="utf-8")
             with contextlib.suppress(OSError):  # another process was faster: its folder holds the same
                 os.rename(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     summary = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-    print(summary["printed"], end="")
-    print(f"encoded: {folder}")
+    print(f"{summary['printed']}encoded: {folder}")
     return EncodedTable(_open_examples(folder / "train"), _open_examples(folder / "validation"),
                         summary["fingerprint"], summary["test_rows"])
 
 
-def _write_table(folder, table, tokenizer, probabilities, columns, supervise, train_rows, validation_rows,
-                 encoding):
-    """Fills `folder`, ROWS_AT_ONCE rows of the table at a time; returns what table.json says."""
+def _write_table(folder, table, tokenizer, reading, encoding, supervise, train_rows, validation_rows):
+    """Fills `folder`, ROWS_AT_ONCE rows at a time: the table's fingerprint and number of test rows."""
     encode_training = encode_published if supervise == "row" else encode_pairs
-    pairs = tables.usable_pairs(table, needed=("complaint", "response"), probabilities=probabilities,
-                                columns=columns)
+    pairs = tables.usable_pairs(table, **reading)
     fingerprint = Fingerprint()
-    trained, test_rows, validation, cuts = 0, 0, [], Counter()
+    trained = 0
+    test_rows = 0
+    validation = []
+    cuts = Counter()
     while part := list(islice(pairs, ROWS_AT_ONCE)):
         for pair in part:
             fingerprint.add(pair)
         sides = split_pairs(part)
         test_rows += len(sides["test"])
         validation = sample_pairs(validation + sides["validation"], validation_rows)
-        train = sides["train"] if train_rows is None else sides["train"][:train_rows - trained]
+        train = sides["train"]
+        if train_rows is not None:
+            train = train[:train_rows - trained]
         if train:
             examples, part_cuts = encode_training(train, tokenizer, **encoding)
             _append_examples(folder / "train", examples)
@@ -385,8 +374,7 @@ class Batch:
 
 
 def make_batch(examples, indices, device="cpu", token_weights=None):
-    """The examples `indices` packed. token_weights (n,): what each target of each of all n examples
-    weighs."""
+    """The examples `indices`, packed. token_weights (n,): what each target of each of all n weighs."""
     rows = [examples[i] for i in indices]
     first_target = examples.first_target[indices]
     lengths = examples.input_lengths[indices]

@@ -24,8 +24,7 @@ class Compute:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def grad_scaler(self):
-        """fp16 gradients underflow: scale the loss up, unscale before clipping, skip steps that
-        overflowed."""
+        """fp16 gradients underflow: scale the loss up, unscale before clipping, skip overflows."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def peak_memory(self):
@@ -54,8 +53,7 @@ def cpu_has_bf16():
 
 
 def choose(device="auto", dtype="auto", *, small=False):
-    """device: auto|cpu|cuda|cuda:N, dtype: auto|fp32|bf16|fp16 -> Compute. small: too small a model to gain
-    from 16 bits."""
+    """-> Compute. dtype: auto|fp32|bf16|fp16. small: a model that would not gain from 16 bits."""
     device = choose_device(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # products that stay fp32 run as TF32 on tensor cores
@@ -105,8 +103,7 @@ def keep_freed_memory():
 
 
 def to_device(tensor, device):
-    """On CUDA from pinned memory, which is copied while the device works; a plain copy would wait for all it
-    has to do."""
+    """On CUDA from pinned memory, copied while the device works; a plain copy would wait for it."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

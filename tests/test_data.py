@@ -129,20 +129,21 @@ def test_too_short_for_any_prompt(tiny):
 
 # ------------------------------------------------------------------ the encoded table
 
-READING = dict(probabilities="required", columns={}, supervise="response", train_rows=None, validation_rows=5)
+READING = dict(needed=("complaint", "response"), probabilities="required", columns={})
 ENCODING = dict(max_length=30, eos_id=0, preprocess="none")
 ARRAYS = ("ids", "lengths", "first_target", "probabilities")
 
 
 @pytest.fixture
 def open_table(tiny, write_table, rows, tmp_path, monkeypatch):
-    """open_table(**changes) -> (EncodedTable, whether it was made now); in parts of 7 rows."""
+    """open_table(reading=..., encoding=..., ...) -> (EncodedTable, whether it was made now); in parts of 7 rows."""
     monkeypatch.setattr(data, "ROWS_AT_ONCE", 7)
     path = write_table("table.jsonl", rows)
 
-    def open_table(tokenizer=tiny[1], **changes):
+    def open_table(tokenizer=tiny[1], reading=READING, encoding=ENCODING, validation_rows=5, **others):
         before = set(tmp_path.glob("encoded/*"))
-        encoded = data.encoded_table(path, tokenizer, folder=tmp_path / "encoded", **READING | ENCODING | changes)
+        encoded = data.encoded_table(path, tokenizer, reading=reading, encoding=encoding, folder=tmp_path / "encoded",
+                                     validation_rows=validation_rows, **others)
         return encoded, len(set(tmp_path.glob("encoded/*")) - before)
     open_table.path = path
     return open_table
@@ -173,9 +174,10 @@ def test_second_start_reads_no_table_and_says_the_same(open_table, capsys, monke
 
 def test_encoded_table_is_of_this_table_and_these_arguments(open_table, rows):
     open_table()
-    changes = [dict(max_length=40), dict(eos_id=1), dict(preprocess="arabert"), dict(train_rows=9), dict(validation_rows=4),
-               dict(supervise="row"), dict(probabilities="ignored"), dict(columns={"complaint": "Question"}),
-               dict(tokenizer=tiny_gpt2([row["Answer"] for row in rows], vocab_size=300)[1])]
+    changes = [dict(encoding=ENCODING | change) for change in (dict(max_length=40), dict(eos_id=1), dict(preprocess="arabert"))]
+    changes += [dict(reading=READING | change) for change in (dict(probabilities="ignored"), dict(columns={"complaint": "Question"}))]
+    changes += [dict(train_rows=9), dict(validation_rows=4), dict(supervise="row"),
+                dict(tokenizer=tiny_gpt2([row["Answer"] for row in rows], vocab_size=300)[1])]
     assert [open_table(**change)[1] for change in changes] == [1] * len(changes)
     open_table.path.write_text(open_table.path.read_text(encoding="utf-8").replace("أرق", "قلق"), encoding="utf-8")
     assert open_table()[1] == 1 and open_table()[1] == 0

@@ -415,10 +415,10 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").unlink())
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").write_text("{}\n"))
     refused("cannot be read as JSON", change=lambda: (run / "run.json").write_text('{"script": "finet'))
-    refused("is no run of finetune.py", change=lambda: (run / "run.json").write_text("{}"))
+    before = json.loads((base / "run.json").read_text())
+    refused("is no run of finetune.py", change=lambda: (run / "run.json").write_text(json.dumps(before | {"script": "a.py"})))
     refused("holds no run", change=lambda: (run / "run.json").unlink())
     refused("is a run of an older version", change=lambda: (run / "best").mkdir())
-    before = json.loads((base / "run.json").read_text())
     refused("was made with split rule 1", change=lambda: (run / "run.json").write_text(json.dumps(before | {"split_rule": 1})))
     text = table.read_text(encoding="utf-8")
     try:
