@@ -16,7 +16,6 @@ from sevloss import InputError
 from sevloss.device import to_device
 from sevloss.inputs import arabic
 from sevloss.inputs.tables import ROWS_AT_ONCE
-from sevloss.inputs.tokenizer_files import WordEncoder, words_stand_alone
 
 PROMPT = "\n{complaint}\n\nالاجابة:\n"
 
@@ -191,16 +190,13 @@ def encode_pairs(pairs, tokenizer, *, max_length, eos_id, preprocess):
 
     Where a pair is too long, the prompt keeps at least half of max_length; a response that is cut has no EOS.
     """
-    pairs, by_words, eos = iter(pairs), WordEncoder(tokenizer) if words_stand_alone(tokenizer) else None, np.array([eos_id], np.int32)
+    pairs, eos = iter(pairs), np.array([eos_id], np.int32)
     ids, first_target, lengths, complaints_cut, responses_cut = [], [], [], 0, 0
     while part := list(islice(pairs, ROWS_AT_ONCE)):
         complaints, responses = [prepare(p.complaint, preprocess) for p in part], [prepare(p.response, preprocess) for p in part]
         prompts = [PROMPT.format(complaint=complaint) for complaint in complaints]
-        if by_words:
-            encoded = by_words(prompts + responses)
-        else:
-            encoded = encode(tokenizer, prompts, special=True) + encode(tokenizer, responses, special=False)
-            encoded = [np.array(text, np.int32) for text in encoded]
+        encoded = encode(tokenizer, prompts, special=True) + encode(tokenizer, responses, special=False)
+        encoded = [np.array(text, np.int32) for text in encoded]
         prompts, responses = encoded[:len(part)], encoded[len(part):]
         limits = [max(max_length // 2, max_length - len(response) - 1) for response in responses]
         complaints_cut += cut_prompts(tokenizer, prompts, complaints, limits)

@@ -1,4 +1,4 @@
-"""AraBERT's preprocessing: what the package `arabert` gives (golden/make_arabic.py), and each step by example."""
+"""AraBERT's preprocessing: outputs of the package `arabert` (golden/make_arabic.py), and every step once."""
 
 import json
 import time
