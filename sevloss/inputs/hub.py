@@ -125,12 +125,11 @@ def read_json(path) -> dict:
     """A JSON file of names and values; InputError where it is anything else."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__} in place of names and values")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {_first_line(error)}; "
                          "correct it or get it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} cannot be read as JSON of names and values: it holds a "
-                         f"{type(content).__name__}; get it again")
     return content
 
 
