@@ -267,7 +267,7 @@ def train_and_save(args, compute):
     unseen = dict(zip((complaint_id(p.complaint) for p in scored), calibrated.softmax(-1).tolist())) if args.folds else {}
     checkpoint.write_json(run / "classifier.json", {
         "temperature": temperature, "scores": {name: scores(z, labels) for name, z in results.items()},
-        "seeds": dict(zip(map(str, args.seed), by_seed)), "out_of_fold": unseen,
+        "seeds": dict(zip(map(str, args.seed), by_seed)), "split_rule": data.SPLIT_RULE, "out_of_fold": unseen,
         "trained_on": sorted(trained_on | known)})
     report.write_classifier_report(run, scored, results, encoder=args.ckpt, basis=basis)
     print(f"\n{basis}\n")
