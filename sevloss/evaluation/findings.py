@@ -305,7 +305,7 @@ def scores_of(answers, bertscore=None):
 def means_of(setting, values, counts, score_names, groups):
     """[Mean, ...] of a setting. values: (seeds, n, k), counts: (n, k), groups: {name: weights (n,)}."""
     weights = np.stack(list(groups.values()), axis=1)  # (n, g)
-    mean, low, high = compare.bootstrap_mean(values.mean(0), counts, weights)  # each (g, k)
+    mean, low, high = compare.bootstrap_mean(values, counts, weights)  # each (g, k)
     with np.errstate(invalid="ignore"):
         of_seeds = (weights.T @ values) / (weights.T @ counts)  # (seeds, g, k)
     spread = compare.seed_spread(of_seeds)
