@@ -217,7 +217,7 @@ def main():
         table = annotate.annotated(args.classifier, table, columns, compute)
         columns = {}
     elif args.classifier:
-        probabilities = "ignored"
+        probabilities = "optional"
         print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not asked")
     reading = dict(needed=("complaint", "response"), probabilities=probabilities, columns=columns)
 

@@ -26,8 +26,7 @@ PROMPT = "\n{complaint}\n\nالاجابة:\n"
 ROWS_AT_ONCE = 8192  # that are read, encoded and written together
 
 
-# --- splits: by a hash of the complaint, so the same everywhere, and no complaint stands on two sides
-# ---------
+# --- splits: by a hash of the complaint, so the same everywhere, and no complaint stands on two sides -------
 
 SPLIT_RULE = 2  # version of `normalise` and `split_of`; runs store it, and those of another rule are refused
 SPLITS = (("train", 0.8), ("validation", 0.9), ("test", 1.0))  # upper ends on [0, 1)

@@ -175,7 +175,7 @@ def test_second_start_reads_no_table_and_says_the_same(open_table, capsys, monke
 def test_encoded_table_is_of_this_table_and_these_arguments(open_table, rows):
     open_table()
     changes = [dict(encoding=ENCODING | change) for change in (dict(max_length=40), dict(eos_id=1), dict(preprocess="arabert"))]
-    changes += [dict(reading=READING | change) for change in (dict(probabilities="ignored"), dict(columns={"complaint": "Question"}))]
+    changes += [dict(reading=READING | change) for change in (dict(probabilities="optional"), dict(columns={"complaint": "Question"}))]
     changes += [dict(train_rows=9), dict(validation_rows=4), dict(supervise="row"),
                 dict(tokenizer=tiny_gpt2([row["Answer"] for row in rows], vocab_size=300)[1])]
     assert [open_table(**change)[1] for change in changes] == [1] * len(changes)
