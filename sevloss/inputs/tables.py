@@ -207,7 +207,7 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     cannot be read counts as missing. InputError where the table cannot be read, lacks a column, or has no
     usable row.
     """
-    if "critical" in needed:  # as finetune.py asks
+    if "critical" in needed:  # an older way to say it
         needed, probabilities = [role for role in needed if role != "critical"], "required"
     rows = read_rows(path)
     head = list(islice(rows, 1000))  # a .jsonl row may lack a field that others have
@@ -221,9 +221,8 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     found = find_columns(path, names, columns or {}, needed)
     has_probabilities = PROBABILITIES[0] in found
     if probabilities == "required" and not has_probabilities:
-        names = " ".join(f"{role}=COLUMN" for role in PROBABILITIES)
         raise InputError(f"{path} has no severity probabilities: give --classifier RUN, or --weighting none, "
-                         f"or name their columns: --columns {names}")
+                         f"or name their columns: --columns {'=COLUMN '.join(PROBABILITIES)}=COLUMN")
     print(f"{path}: " + ", ".join(f"{role} = {name!r}" for role, name in found.items()))
     others = [name for name in names if name not in found.values() or name == found.get("specialty")]
     present = {*found, "probabilities"} if has_probabilities else {*found}
