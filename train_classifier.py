@@ -324,8 +324,7 @@ def train_and_save(args, compute):
     print(f"{args.ckpt}: preprocessing {preprocess}")
     checkpoint.write_run_json(
         run, "train_classifier.py", vars(args), preprocess=preprocess, max_length=args.max_length,
-        compute=str(compute),
-        data_fingerprint=str(data.Fingerprint(pairs)))
+        compute=str(compute), data_fingerprint=str(data.Fingerprint(pairs)))
 
     # ---- one model a seed; the best on validation stays
     best = None

@@ -205,7 +205,7 @@ def test_targets_that_are_refused(classifier, table, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("none.csv", None, "no such file"), ("broken.xlsx", "no zip", "cannot be read as .xlsx"),
+    ("none.csv", None, "no such file"), ("broken.xlsx", "no zip", "cannot be read as an Excel workbook"),
     ("columns.csv", "a,b\n1,2\n", "no column for the complaint"),
     ("empty.csv", "question,b\n,2\n", "no usable row; left out 1")])
 def test_tables_that_cannot_be_annotated_leave_nothing_behind(classifier, tmp_path, name, content, message):

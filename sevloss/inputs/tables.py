@@ -64,9 +64,9 @@ def read_rows(path):
     except csv.Error as error:
         raise InputError(f"{path}, below row {number}: {error}; "
                          "quote marks inside a cell must be doubled") from error
-    except (CalamineError, IndexError, OSError) as error:
+    except CalamineError as error:
         reason, _, _ = str(error).partition("\n")
-        raise InputError(f"{path} cannot be read as {ending}: {reason}") from error
+        raise InputError(f"{path} cannot be read as an Excel workbook: {reason}") from error
 
 
 def _jsonl_rows(path):
@@ -111,8 +111,9 @@ def _rows_below_header(path, lines):
             yield number, dict(zip(header, chain(cells, repeat(""))))
 
 
-# Control characters but for tab and line feed, and the half characters that a .jsonl may hold
-_DROPPED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85]")
+# The other control characters but for tab and line feed, and the half characters that a .jsonl may hold
+_DROPPED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class _Nested(str):
@@ -127,7 +128,7 @@ def _text(value):
         value = int(value)
     nested = isinstance(value, (list, dict))
     text = json.dumps(value, ensure_ascii=False) if nested else str(value)
-    text = _DROPPED.sub("", "\n".join(text.splitlines())).strip()
+    text = _DROPPED.sub("", _LINE_BREAK.sub("\n", text)).strip()
     return _Nested(text) if nested else text
 
 
