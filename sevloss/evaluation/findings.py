@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -228,7 +228,7 @@ class Evaluation:
 
     def to_json(self):
         """What evaluation.json holds: all but what is said of each row, which is in .jsonl files."""
-        values = asdict(self) | {"lower_is_better": scores.LOWER_IS_BETTER}
+        values = asdict(replace(self, answers=[], row_scores={})) | {"lower_is_better": scores.LOWER_IS_BETTER}
         del values["answers"], values["row_scores"]
         values["means"] = list(values["means"].values())
         return without_nan(values)

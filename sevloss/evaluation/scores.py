@@ -78,12 +78,6 @@ class Score:
             shapes = f"values {self.values.shape} and counts {self.counts.shape}"
             raise ValueError(f"{self.name}: {shapes} must both be (n,)")
 
-    def mean(self, weights):
-        """sum(w * values) / sum(w * counts), weights (n,): sums over sums. nan where the weights are all
-        0."""
-        total = weights @ self.counts
-        return float(weights @ self.values / total) if total else math.nan
-
 
 def row_groups(classes, critical=None):
     """{name: weights (n,)}: "all"; each class that occurs; "by p(critical)", in which a row counts as much as
