@@ -93,8 +93,8 @@ def _token_weights(weights, targets):
         return weights
     if targets.ndim == 2 and weights.shape in (targets.shape[:1], (targets.shape[0], 1)):
         return weights.reshape(-1, 1).expand_as(targets)
-    raise ValueError(f"weights {tuple(weights.shape)} do not fit targets {tuple(targets.shape)}: "
-                     "give one a token, or one a row as (B,) or (B, 1)")
+    raise ValueError(f"weights {tuple(weights.shape)} do not fit targets {tuple(targets.shape)}: give one a "
+                     "token, or one a row as (B,) or (B, 1)")
 
 
 def _check_range(targets, classes, ignore_index):
