@@ -11,8 +11,8 @@ and never holds the (tokens x vocabulary) matrix: same value, same gradients, a 
 less time.
 
 Weights and denominator together express every normalisation:
-    mean over examples of the paper's (1/L) sum   weights w_i / L_i, denominator = examples in the step mean
-    over tokens                              weights w_i,       denominator = supervised tokens in the step
+    mean over examples of the paper's (1/L) sum   weights w_i / L_i, denominator = examples in the step
+    mean over tokens                              weights w_i,       denominator = supervised tokens in it
 With gradient accumulation, count the denominator over all micro-batches first and pass it to each call;
 gradients then add up.
 """
