@@ -114,10 +114,8 @@ def class_of(pair):
 
 # --- answers ------------------------------------------------------------------------------------------------
 
-def answers_path(name, run, pairs, protocol, args, out):
-    """Where the model's answers are kept: in its run, or in `out`; by a name made of all that they depend
-    on."""
-    weights = file_fingerprint(hub.find_file(name, (*hub.ADAPTERS, *hub.WEIGHTS)))
+def answers_path(name, run, weights, pairs, protocol, args, out):
+    """Where the model's answers are kept: in its run, or in `out`; by a name made of all they depend on."""
     specialties = [(pair.row, pair.specialty) for pair in pairs]
     made_of = digest(protocol, specialties, args.dtype, weights, "" if run else hub.full_name(name))
     if run:
@@ -275,22 +273,26 @@ def main():
     # Models and answers that were made before
     names = args.runs or [newest_run()]
     check_names(names)
-    answers = {name: findings.load_answers(name) for name in names if Path(name).is_file()}
-    models = [name for name in names if name not in answers]
-    runs = {name: findings.read_run_json(name) for name in models}
+    answers, runs, weights = {}, {}, {}
+    for name in names:
+        if Path(name).is_file():
+            answers[name] = findings.load_answers(name)
+        else:
+            runs[name] = findings.read_run_json(name)  # {} for a plain checkpoint
+            weights[name] = file_fingerprint(hub.find_file(name, (*hub.ADAPTERS, *hub.WEIGHTS)))
     out = Path(args.out or (Path(names[0]) if Path(names[0]).is_dir() else Path("runs")) / "evaluation")
 
     # Test rows
     protocols = {name: a.protocol for name, a in answers.items()}
-    if models:
+    if runs:
         trained = next((run for run in runs.values() if "table" in run), {})
         pairs, protocol = test_rows(args, trained)
-        protocols[models[0]] = protocol
+        protocols[next(iter(runs))] = protocol
     findings.check_same(protocols)  # before hours of answering
 
     # Answers
-    paths = {name: answers_path(name, runs[name], pairs, protocol, args, out) for name in models}
-    for name, path in paths.items():
+    for name in runs:
+        path = answers_path(name, runs[name], weights[name], pairs, protocol, args, out)
         answer_rows(name, runs[name], pairs, protocol, args, path)
         answers[name] = findings.load_answers(path)
         answers[name].name = name  # not as it was typed then

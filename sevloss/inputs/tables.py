@@ -223,7 +223,9 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     print(f"{path}: " + ", ".join(f"{role} = {name!r}" for role, name in found.items()))
     others = [name for name in names if name not in found.values() or name == found.get("specialty")]
     present = {*found, "probabilities"} if has_probabilities else {*found}
-    required = [*needed, "probabilities"] if has_probabilities and probabilities != "optional" else needed
+    required = list(needed)
+    if has_probabilities and probabilities != "optional":
+        required.append("probabilities")
 
     used = 0
     left_out = defaultdict(list)  # reason -> row numbers
