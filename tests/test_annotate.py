@@ -229,8 +229,9 @@ def test_annotated_is_made_once_per_table(run, table, capsys):
 
 
 def test_no_run_of_the_classifier(tmp_path, run, golden):
-    with pytest.raises(InputError, match="is no run of train_classifier.py"):
-        annotate.Classifier.load(golden / "bert", CPU)
+    for other in (golden / "bert", "runs/typo"):
+        with pytest.raises(InputError, match="is no run of train_classifier.py"):
+            annotate.Classifier.load(other, CPU)
     result = {"temperature": 2.0, "out_of_fold": {}, "trained_on": []}
     for version in ({}, {"split_rule": 1}, {"split_rule": data.SPLIT_RULE + 1}):  # the first ones stored none
         checkpoint.write_json(run / "classifier.json", result | version)

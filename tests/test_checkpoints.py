@@ -723,11 +723,12 @@ def random_model(golden, family, vocab_size):
     return model
 
 
+@pytest.mark.peers("transformers")
 @pytest.mark.parametrize("family", [family for family in CAUSAL if family != "aragpt2"])
 @torch.no_grad()
 def test_transformers_opens_a_saved_language_model(golden, tmp_path, family):
     """Equal token ids, text and logits; and here too it is the same again."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
     tokenizer = byte_level_bpe()
     if family.startswith("qwen2"):  # transformers splits as Qwen does, whatever tokenizer.json says
         qwen = transformers.Qwen2Tokenizer().backend_tokenizer
@@ -749,11 +750,12 @@ def test_transformers_opens_a_saved_language_model(golden, tmp_path, family):
         assert torch.equal(again(torch.tensor(ids), [len(ids)]) @ again.head_weight.T, logits)
 
 
+@pytest.mark.peers("transformers")
 @pytest.mark.parametrize("case", OLD_CONFIGS)
 @torch.no_grad()
 def test_transformers_opens_what_came_with_an_old_config(old_config, tmp_path, case):
     """And reads that config.json as we do."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
     model, ids = load_model(old_config(case)[1]), torch.arange(20)
     save_model(model, byte_level_bpe(), tmp_path / "saved")
     for folder in (tmp_path / "checkpoint", tmp_path / "saved"):
@@ -763,10 +765,11 @@ def test_transformers_opens_what_came_with_an_old_config(old_config, tmp_path, c
         assert difference < 1e-5 * logits.abs().max()
 
 
+@pytest.mark.peers("transformers")
 @torch.no_grad()
 def test_transformers_opens_a_saved_classifier(golden, tmp_path):
     """One stream of documents here, a padded batch there."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
     tokenizer = wordpiece()
     model = random_model(golden, "bert", tokenizer.get_vocab_size())
     save_model(model, tokenizer, tmp_path)
@@ -779,9 +782,10 @@ def test_transformers_opens_a_saved_classifier(golden, tmp_path):
     torch.testing.assert_close(theirs(**batch).logits, logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.peers("transformers")
 @torch.no_grad()
 def test_transformers_opens_a_saved_encoder(edited, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     model = load_model(edited("bert", lacking("classifier.", "bert.pooler.")))
     save_model(model, wordpiece(), tmp_path / "saved")
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "saved")

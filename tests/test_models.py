@@ -1,7 +1,9 @@
-"""The models against golden/ (made by golden/make_models.py): after every block, to 1e-5 of the largest value, in fp32."""
+"""The models against golden/ (made by golden/make_models.py): after every block, to 1e-5 of the largest
+value, in fp32."""
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 
 import pytest
@@ -12,9 +14,10 @@ from safetensors.torch import load_file
 from sevloss import InputError
 from sevloss.models import attention, load_model
 from sevloss.models.attention import KVCache, PackedSequences
-from sevloss.models.llama import rotary_angles
+from sevloss.models.llama import rope_settings, rotary_angles
 
-CAUSAL = ["gpt2", "gpt2_scaled", "aragpt2", "bloom", "bloom_post", "llama", "qwen2", "qwen2_window", "qwen3", "lfm2"]
+CAUSAL = ["gpt2", "gpt2_scaled", "aragpt2", "bloom", "bloom_post", "llama", "qwen2", "qwen2_window", "qwen3",
+          "lfm2"]
 ALL = [*CAUSAL, "bert"]
 
 
@@ -36,10 +39,10 @@ def assert_same(ours, reference):
 
 def hidden_states(model, tokens, lengths):
     """[what goes into the first block, what comes out of each]"""
-    blocks = model.bert["encoder"]["layer"] if hasattr(model, "bert") else model.blocks
     states = []
-    hooks = [blocks[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))]
-    hooks += [block.register_forward_hook(lambda module, args, output: states.append(output)) for block in blocks]
+    hooks = [model.blocks[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))]
+    for block in model.blocks:
+        hooks.append(block.register_forward_hook(lambda module, args, output: states.append(output)))
     model(tokens, lengths)
     for hook in hooks:
         hook.remove()
@@ -76,7 +79,7 @@ def test_gradient(load, name):
     if name == "bert":
         loss = model.classify(tokens, lengths).square().sum()
     else:
-        targets = torch.cat([F.pad(document[1:], (0, 1), value=-100) for document in tokens.split(lengths)])
+        targets = torch.cat([F.pad(text[1:], (0, 1), value=-100) for text in tokens.split(lengths)])
         loss = F.cross_entropy(model(tokens, lengths) @ model.head_weight.T, targets)
     loss.backward()
     watched, = (key for key in expected if key.startswith("gradient."))
@@ -87,14 +90,14 @@ def test_gradient(load, name):
 @torch.no_grad()
 def test_greedy_continuation(load, name):
     model, tokens, lengths, expected = load(name)
-    for document, continuation in zip(tokens.split(lengths), expected["greedy"]):
+    for text, continuation in zip(tokens.split(lengths), expected["greedy"]):
         for token in continuation:
-            assert (model(document, [len(document)])[-1] @ model.head_weight.T).argmax() == token
-            document = torch.cat([document, token[None]])
+            assert (model(text, [len(text)])[-1] @ model.head_weight.T).argmax() == token
+            text = torch.cat([text, token[None]])
 
 
 @torch.no_grad()
-def test_blocks_output(load):
+def test_states_after_a_middle_block(load):
     """BERTScore reads a middle block; 0 is the embeddings."""
     model, tokens, lengths, expected = load("bert")
     for layer in range(4):
@@ -103,24 +106,29 @@ def test_blocks_output(load):
         model.hidden_states(tokens, lengths, 4)
 
 
-@pytest.mark.parametrize("name, rates", [
-    ("gpt2", ["embd_pdrop", "attn_pdrop", "resid_pdrop"]), ("bloom", ["hidden_dropout", "attention_dropout"]),
-    ("llama", ["attention_dropout"]), ("qwen2", ["attention_dropout"]), ("qwen3", ["attention_dropout"]), ("lfm2", []),
-    ("bert", ["hidden_dropout_prob", "attention_probs_dropout_prob"])], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("name, rates, of_attention", [
+    ("gpt2", ["embd_pdrop", "resid_pdrop"], "attn_pdrop"), ("bloom", ["hidden_dropout"], "attention_dropout"),
+    ("llama", [], "attention_dropout"), ("qwen2", [], "attention_dropout"),
+    ("qwen3", [], "attention_dropout"), ("lfm2", [], "attention_dropout"),
+    ("bert", ["hidden_dropout_prob"], "attention_probs_dropout_prob")],
+    ids=lambda value: value if isinstance(value, str) else "")
 @torch.no_grad()
-def test_dropout_rates(edited, golden, name, rates):
-    """Each rate of config.json acts while training, alone; with all at 0 (and in eval mode) nothing is dropped."""
-    model, document = load_model(edited(name, **dict.fromkeys(rates, 0.0))).train(), torch.arange(9)
-    plain = load_model(golden / name)(document, [9])
-    assert torch.equal(model(document, [9]), plain)
+def test_dropout_rates(edited, golden, name, rates, of_attention):
+    """Each rate of config.json acts while training, alone; with all at 0 (and in eval mode) nothing is
+    dropped. That of attention never acts: flash has none, and training is the same on every device."""
+    settings = {**dict.fromkeys(rates, 0.0), of_attention: 0.9}
+    model = load_model(edited(name, **settings)).train()
+    text = torch.arange(9)
+    plain = load_model(golden / name)(text, [9])
+    assert torch.equal(model(text, [9]), plain)
     for rate in rates:
         dropping = type(model)(replace(model.config, **{rate: 0.5})).train()
         dropping.load_state_dict(model.state_dict())
-        assert not torch.allclose(dropping(document, [9]), plain, atol=0.1), rate
+        assert not torch.allclose(dropping(text, [9]), plain, atol=0.1), rate
 
 
-@pytest.mark.parametrize("name, context", [("gpt2", 29), ("aragpt2", 29), ("llama", 256), ("qwen2", 29), ("qwen3", 29), ("lfm2", 29),
-                                           ("bert", 29)])
+@pytest.mark.parametrize("name, context", [("gpt2", 29), ("aragpt2", 29), ("llama", 256), ("qwen2", 29),
+                                           ("qwen3", 29), ("lfm2", 29), ("bert", 29)])
 @torch.no_grad()
 def test_longest_text(load, name, context):
     model = load(name)[0]
@@ -141,90 +149,114 @@ def test_alibi_sets_no_limit(edited, load):
 def test_rotary_angles_far_from_the_start(load):
     """In fp32, against fp64; and type "linear" spreads positions out."""
     config, positions = load("qwen2")[0].config, torch.tensor([0, 1, 257, 2001, 3999])
-    rope = {"rope_type": "default", "rope_theta": 50.0}
+    default = {"rope_type": "default", "rope_theta": 50.0}
+    linear = default | {"rope_type": "linear", "factor": 4.0}
     angles = positions.double()[:, None] * 50 ** (-torch.arange(0, 8, 2) / 8).double()
-    for factor, told in ((1, rope), (4, rope | {"rope_type": "linear", "factor": 4.0})):
-        for ours, exact in zip(rotary_angles(replace(config, rope_parameters=told), positions * factor, 8), (angles.cos(), angles.sin())):
+    for factor, parameters in ((1, default), (4, linear)):
+        rope = rope_settings(replace(config, rope_parameters=parameters))
+        cos, sin = rotary_angles(rope, positions * factor, 8)
+        for ours, exact in ((cos, angles.cos()), (sin, angles.sin())):
             assert ours.dtype == torch.float32
             assert (ours[:, 0] - exact).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "lfm2"])
+def test_unknown_rotary_positions_are_refused(edited, name):
+    """When the model is built, before anything is computed."""
+    with pytest.raises(InputError, match="rotary positions of type 'yarn' in config.json are not known"):
+        load_model(edited(name, rope_parameters={"rope_type": "yarn", "factor": 4.0}))
 
 
 class Recording(PackedSequences):
     """Keeps what attention is given in the first block that has any."""
 
-    def attention(self, q, k, v, layer, **told):
-        if not hasattr(self, "turned"):
-            self.turned = torch.cat([q, k], dim=1).float()
-        return super().attention(q, k, v, layer, **told)
+    def attention(self, q, k, v, layer, **options):
+        if not hasattr(self, "rotated"):
+            self.rotated = torch.cat([q, k], dim=1).float()
+        return super().attention(q, k, v, layer, **options)
 
 
 @pytest.mark.parametrize("how", ["weights in bf16", "autocast"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "lfm2"])
 @torch.no_grad()
 def test_rotary_angles_are_fp32(edited, golden, name, how):
-    """Far from the start q and k are turned as in fp32. Frequencies, positions or angles in bf16 would move them by an eighth of their
-    length or more; the rest of bf16 moves them by 0.03 at most."""
+    """Far from the start q and k are turned as in fp32. Frequencies, positions or angles in bf16 would move
+    them by an eighth of their length or more; the rest of bf16 moves them by 0.03 at most."""
     raw = json.loads((golden / name / "config.json").read_text())
-    folder = edited(name, max_position_embeddings=4096, rope_parameters=raw["rope_parameters"] | {"rope_theta": 50.0})
+    rope = raw["rope_parameters"] | {"rope_theta": 50.0}
+    folder = edited(name, max_position_embeddings=4096, rope_parameters=rope)
     torch.manual_seed(0)
-    tokens, turned = torch.randint(53, (2000,)), []
+    tokens, rotated = torch.randint(53, (2000,)), []
     for half in (False, True):
-        model = load_model(folder, dtype=torch.bfloat16 if half and how == "weights in bf16" else torch.float32)
-        layout = Recording([2000], "cpu", causal=True)
+        dtype = torch.bfloat16 if half and how == "weights in bf16" else torch.float32
+        model = load_model(folder, dtype=dtype)
+        sequences = Recording([2000], "cpu", causal=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=half and how == "autocast"):
-            model.stream(tokens, layout)
-        turned.append(layout.turned[-500:])
-    assert (turned[1] - turned[0]).norm() < 0.05 * turned[0].norm()
+            model(tokens, cache=sequences)
+        rotated.append(sequences.rotated[-500:])
+    assert (rotated[1] - rotated[0]).norm() < 0.05 * rotated[0].norm()
 
 
-# ------------------------------------------------------------------ documents in one stream
+# ------------------------------------------------------------------ packed sequences
 
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
-def test_documents_do_not_see_each_other(load, name):
-    """Hidden states of a document stay when its neighbours change; without the boundary they would not."""
+def test_sequences_do_not_see_each_other(load, name):
+    """Hidden states of a text stay when its neighbours change; without the boundary they would not."""
     model, tokens, lengths, _ = load(name)
     texts = tokens.split(lengths)
     for text, other in permutations(texts, 2):
         alone = model(text, [len(text)])
         for before, after in ((other, text), (other[-1:], other), (text.flip(0), other[:2])):
-            stream, where = torch.cat([before, text, after]), slice(len(before), len(before) + len(text))
-            assert_same(model(stream, [len(before), len(text), len(after)])[where], alone)
-            joint = model(stream, [len(stream)])[where]
+            packed = torch.cat([before, text, after])
+            own = slice(len(before), len(before) + len(text))
+            assert_same(model(packed, [len(before), len(text), len(after)])[own], alone)
+            joint = model(packed, [len(packed)])[own]
             assert (joint - alone).abs().max() > 0.01 * alone.abs().max()
 
 
 def heads(lengths, q_heads=4, kv_heads=2, d=8, dtype=torch.float32):
     torch.manual_seed(0)
-    return [torch.randn(sum(lengths), count, d, dtype=dtype, requires_grad=True) for count in (q_heads, kv_heads, kv_heads)]
+    shapes = [(sum(lengths), count, d) for count in (q_heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-# whether attention is causal, and what else it is told
-KINDS = {"causal": (True, {}), "bidirectional": (False, {}),
-         "alibi": (True, {"slopes": torch.tensor([0.5, 0.125, 0.03, 0.7])}), "window": (True, {"window": 3})}
+# name -> causal, slopes, window
+SLOPES = torch.tensor([0.5, 0.125, 0.03, 0.7])
+KINDS = {"causal": (True, None, None), "bidirectional": (False, None, None), "alibi": (True, SLOPES, None),
+         "window": (True, None, 3)}
 
 
-@pytest.mark.parametrize("causal, told", KINDS.values(), ids=KINDS)
+def masked_attention(lengths, causal, slopes, window):
+    """attention(q, k, v, scale) with a mask over all tokens of all sequences at once."""
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    at = torch.arange(sum(lengths))
+    distance = at[:, None] - at
+    visible = sequence[:, None] == sequence
+    if causal:
+        visible = visible & (distance >= 0) & (distance < (window or torch.inf))
+    penalty = 0 if slopes is None else slopes[:, None, None] * distance
+
+    def attend(q, k, v, scale):
+        k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))  # each kv head serves two query heads
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale - penalty
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+    return attend
+
+
+@pytest.mark.parametrize("causal, slopes, window", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["SDPA", "products"])
 @pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [1, 7, 7, 3, 1]], ids=str)
-def test_attention_in_runs_and_padded_are_the_same(lengths, causal, told, dtype):
-    """The CPU's path (in all but fp32 it learns by plain products), the CUDA path without flash, and attention spelled out with a mask over
-    the whole stream: outputs and gradients."""
+def test_attention_in_runs_and_padded_are_the_same(lengths, causal, slopes, window, dtype):
+    """The CPU's route (in all but fp32 it learns by plain products), the CUDA route without flash, and
+    attention spelled out with a mask over all tokens: outputs and gradients."""
     sequences = PackedSequences(lengths, "cpu", causal=causal)
-    document, at = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)), torch.arange(sum(lengths))
-    distance = at[:, None] - at
-    visible = (document[:, None] == document) & (distance < told.get("window", torch.inf))
-    visible = visible & (distance >= 0) if causal else visible
-
-    def spelled_out(q, k, v, dropout, scale, **_):
-        k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))  # each kv head serves two query heads
-        scores = torch.einsum("qhd,khd->hqk", q, k) * scale - told.get("slopes", torch.zeros(4))[:, None, None] * distance
-        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
-
     results = []
-    for attend in (spelled_out, sequences._cpu_attention, sequences._padded_attention):
+    for route in (masked_attention(lengths, causal, slopes, window),
+                  partial(sequences._cpu_attention, slopes=slopes, window=window),
+                  partial(sequences._padded_attention, slopes=slopes, window=window)):
         qkv = heads(lengths, dtype=dtype)
-        out = attend(*qkv, 0.0, 0.3, **told)
+        out = route(*qkv, scale=0.3)
         out.square().sum().backward()
         results.append([out, *(t.grad for t in qkv)])
     for result in results[1:]:
@@ -236,34 +268,45 @@ def test_attention_by_products_is_for_learning_short_texts(monkeypatch):
     """It would keep too much of longer ones, and SDPA is the more exact where nothing is learnt."""
     called = []
     monkeypatch.setattr(attention, "manual_attention", lambda q, k, v, *rest: called.append(q.shape[2]) or q)
-    q, k, v = heads([3, attention.MANUAL_MAX_LENGTH, attention.MANUAL_MAX_LENGTH + 1], dtype=torch.bfloat16)
-    documents = PackedSequences([3, attention.MANUAL_MAX_LENGTH, attention.MANUAL_MAX_LENGTH + 1], "cpu", causal=True)
-    documents.attention(q, k, v, 0)
+    lengths = [3, attention.MANUAL_MAX_LENGTH, attention.MANUAL_MAX_LENGTH + 1]
+    q, k, v = heads(lengths, dtype=torch.bfloat16)
+    sequences = PackedSequences(lengths, "cpu", causal=True)
+    sequences.attention(q, k, v)
     assert called == [3, attention.MANUAL_MAX_LENGTH]
     with torch.no_grad():
-        documents.attention(q, k, v, 0)
-    documents.attention(q.float(), k.float(), v.float(), 0)
+        sequences.attention(q, k, v)
+    sequences.attention(q.float(), k.float(), v.float())
     assert len(called) == 2
-    documents.attention(q.float(), k.float(), v.float(), 0, dropout=0.1)
-    assert len(called) == 4
 
 
-@pytest.mark.parametrize("causal, told", [KINDS[kind] for kind in ("causal", "bidirectional", "window")])
-def test_flash_path_is_called_as_it_wants(causal, told):
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "window"])
+def test_flash_route_is_called_as_it_wants(kind):
     """Shapes and arguments only: on the meta device nothing is computed. ALiBi does not go through flash."""
+    causal, _, window = KINDS[kind]
     qkv = [t.to("meta", torch.bfloat16) for t in heads([3, 4])]
-    assert PackedSequences([3, 4], "meta", causal=causal)._flash_attention(*qkv, 0.3, **told).shape == (7, 4, 8)
+    out = PackedSequences([3, 4], "meta", causal=causal)._flash_attention(*qkv, 0.3, window)
+    assert out.shape == (7, 4, 8)
+
+
+@pytest.mark.parametrize("dtype, head_dim, capability, takes", [
+    (torch.bfloat16, 64, (8, 0), True), (torch.float16, 256, (9, 0), True),
+    (torch.bfloat16, 64, (7, 5), False), (torch.float32, 64, (9, 0), False),
+    (torch.bfloat16, 12, (9, 0), False), (torch.bfloat16, 264, (9, 0), False)])
+def test_what_flash_takes(monkeypatch, dtype, head_dim, capability, takes):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention.flash_takes(torch.empty(3, 2, head_dim, dtype=dtype)) is takes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("causal, told", KINDS.values(), ids=KINDS)
-def test_attention_on_a_gpu(causal, told, dtype):
+@pytest.mark.parametrize("causal, slopes, window", KINDS.values(), ids=KINDS)
+def test_attention_on_a_gpu(causal, slopes, window, dtype):
     lengths, results = [1, 7, 7, 3, 1], []
     for device in ("cpu", "cuda"):
         qkv = heads(lengths, dtype=dtype)
-        there = {name: value.to(device) if name == "slopes" else value for name, value in told.items()}
-        out = PackedSequences(lengths, device, causal=causal).attention(*(t.to(device) for t in qkv), 0, **there)
+        q, k, v = (t.to(device) for t in qkv)
+        options = {"window": window, "slopes": None if slopes is None else slopes.to(device)}
+        out = PackedSequences(lengths, device, causal=causal).attention(q, k, v, **options)
         out.float().square().sum().backward()
         results.append([out.cpu(), *(t.grad for t in qkv)])
     for ours, reference in zip(*results):
@@ -272,24 +315,27 @@ def test_attention_on_a_gpu(causal, told, dtype):
 
 @pytest.mark.parametrize("lengths", [[5], [1, 7, 2, 2, 1, 4]], ids=str)
 def test_convolution_against_torch(lengths):
-    """Outputs and gradients, one document at a time through conv1d."""
+    """Outputs and gradients, one text at a time through conv1d."""
     torch.manual_seed(0)
     x, weight = torch.randn(sum(lengths), 6), torch.randn(6, 3)
     results = []
     for whole in (True, False):
         xi, wi = x.clone().requires_grad_(), weight.clone().requires_grad_()
         if whole:
-            out = PackedSequences(lengths, "cpu", causal=True).convolve(xi, wi, 0)
+            out = PackedSequences(lengths, "cpu", causal=True).convolve(xi, wi)
         else:
-            out = torch.cat([F.conv1d(F.pad(document.T, (2, 0)), wi[:, None], groups=6).T for document in xi.split(lengths)])
+            texts = [F.conv1d(F.pad(text.T, (2, 0)), wi[:, None], groups=6).T for text in xi.split(lengths)]
+            out = torch.cat(texts)
         out.square().sum().backward()
         results.append([out, xi.grad, wi.grad])
     for ours, reference in zip(*results):
         assert_same(ours, reference)
 
 
-def test_positions_start_anew_in_each_document():
-    assert PackedSequences([2, 1, 3], "cpu", causal=True).positions.tolist() == [0, 1, 0, 0, 1, 2]
+def test_positions_start_anew_in_each_sequence():
+    sequences = PackedSequences([2, 1, 3], "cpu", causal=True)
+    assert sequences.positions.tolist() == [0, 1, 0, 0, 1, 2]
+    assert sequences.cu_seqlens.tolist() == [0, 2, 3, 6] and sequences.cu_seqlens.dtype == torch.int32
     for lengths in ([], [2, 0]):
         with pytest.raises(ValueError, match="lengths must be positive"):
             PackedSequences(lengths, "cpu", causal=True)
@@ -300,25 +346,26 @@ def test_positions_start_anew_in_each_document():
 @pytest.mark.parametrize("name", CAUSAL)
 @torch.no_grad()
 def test_cache_is_the_same_as_none(load, name, monkeypatch):
-    """Token by token, with documents of several lengths of which one after the other ends, in a buffer that grows several times."""
+    """Token by token, with texts of several lengths of which one after the other ends, in a buffer that grows
+    several times."""
     monkeypatch.setattr(KVCache, "ROOM", 3)
     model, tokens, lengths, expected = load(name)
-    written, alive = list(tokens.split(lengths)), list(range(len(lengths)))
-    ends = {4: [document for document in alive if document != 2], 9: [1]}
+    written, rows = list(tokens.split(lengths)), list(range(len(lengths)))
+    go_on = {4: [row for row in rows if row != 2], 9: [1]}
     cache = KVCache(lengths, "cpu")
-    assert_same(model.stream(tokens, cache), expected["final"])
+    assert_same(model(tokens, cache=cache), expected["final"])
     for step in range(16):
         cache.advance()
-        if step in ends:
-            cache.keep([alive.index(document) for document in ends[step]])
-            alive = ends[step]
-        new = expected["greedy"][alive, step]
-        for document, token in zip(alive, new):
-            written[document] = torch.cat([written[document], token[None]])
-        texts = [written[document] for document in alive]
+        if step in go_on:
+            cache.select([rows.index(row) for row in go_on[step]])
+            rows = go_on[step]
+        new = expected["greedy"][rows, step]
+        for row, token in zip(rows, new):
+            written[row] = torch.cat([written[row], token[None]])
+        texts = [written[row] for row in rows]
         uncached = model(torch.cat(texts), [len(text) for text in texts])
         lasts = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
-        assert_same(model.stream(new, cache), uncached[lasts])
+        assert_same(model(new, cache=cache), uncached[lasts])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "lfm2"])
@@ -327,9 +374,9 @@ def test_cache_stops_at_the_context(load, name):
     """One clear line rather than an index error when a text outgrows the model while it is written."""
     model = load(name)[0]
     cache = KVCache([28, 3], "cpu")
-    model.stream(torch.ones(31, dtype=torch.long), cache)
+    model(torch.ones(31, dtype=torch.long), cache=cache)
     cache.advance()
-    model.stream(torch.ones(2, dtype=torch.long), cache)
+    model(torch.ones(2, dtype=torch.long), cache=cache)
     cache.advance()
     with pytest.raises(InputError, match="a text has 30 tokens, the model reads 29"):
-        model.stream(torch.ones(2, dtype=torch.long), cache)
+        model(torch.ones(2, dtype=torch.long), cache=cache)

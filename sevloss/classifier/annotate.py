@@ -64,8 +64,8 @@ class Classifier:
     def load(cls, run, compute):
         """InputError where the folder holds no finished run of this version."""
         run = Path(run)
-        about = hub.read_optional(run, "run.json")
-        if about.get("script") != "train_classifier.py":
+        run_json = hub.read_json(run / "run.json") if (run / "run.json").is_file() else {}
+        if run_json.get("script") != "train_classifier.py":
             raise InputError(f"{run} is no run of train_classifier.py")
         if not (run / "classifier.json").is_file():
             raise InputError(f"{run} was stopped before it was finished: train it again")
@@ -74,8 +74,8 @@ class Classifier:
             raise InputError(f"{run} was made by an older version: train it again")
         model = load_model(run, device=compute.device)
         try:
-            return cls(run, model, load_tokenizer(run), result["temperature"], about["preprocess"],
-                       min(about["max_length"], model.config.context), result["out_of_fold"],
+            return cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
+                       min(run_json["max_length"], model.config.context), result["out_of_fold"],
                        set(result["trained_on"]))
         except KeyError as error:
             raise InputError(f"{run} is broken, {error} is missing in its run.json or classifier.json: "
@@ -126,48 +126,48 @@ def annotate_table(classifier, table, to, columns, compute):
     # How far a call before this one came
     partial = Path(f"{to}.partial")
     journal = Path(f"{to}.partial.json")
-    work = {"table": data.file_fingerprint(table), "columns": columns,
-            "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
-    done = {"work": work, "rows": 0, "bytes": 0, "cut": 0, "seen": 0, "labelled": 0}
+    job = {"table": data.file_fingerprint(table), "columns": columns,
+           "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
+    progress = {"job": job, "rows": 0, "bytes": 0, "cut": 0, "seen": 0, "labelled": 0}
     if journal.exists() and partial.exists():
         before = hub.read_json(journal)
-        if before.get("work") == work:
-            done = before
-            print(f"{to}: going on after row {done['rows']:,}")
+        if before.get("job") == job:
+            progress = before
+            print(f"{to}: going on after row {progress['rows']:,}")
 
     # The next rows; a table that cannot be read is refused before anything is written
     total = sum(1 for _ in tables.read_rows(table))
     pairs = tables.usable_pairs(table, needed=("complaint",), columns=columns)
-    for _ in islice(pairs, done["rows"]):
+    for _ in islice(pairs, progress["rows"]):
         pass
     chunk = list(islice(pairs, CHUNK))
 
-    with open(partial, "r+" if done["rows"] else "w", encoding="utf-8", newline="") as file, \
-            tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
-        file.truncate(done["bytes"])
+    with open(partial, "r+" if progress["rows"] else "w", encoding="utf-8", newline="") as file, \
+            tqdm(total=total, initial=progress["rows"], unit="row", desc="severity", mininterval=1) as bar:
+        file.truncate(progress["bytes"])
         file.seek(0, os.SEEK_END)
         while chunk:
             complaints = [pair.complaint for pair in chunk]
             probabilities, cut = classifier.probabilities(complaints, compute, bar)
-            write_rows(file, to.suffix.lower(), chunk, probabilities, header=not done["rows"])
+            write_rows(file, to.suffix.lower(), chunk, probabilities, header=not progress["rows"])
             file.flush()
-            done["rows"] += len(chunk)
-            done["bytes"] = file.tell()
-            done["cut"] += cut
-            done["seen"] += classifier.seen(complaints)
-            done["labelled"] += sum(pair.severity is not None for pair in chunk)
-            checkpoint.write_json(journal, done)
+            progress["rows"] += len(chunk)
+            progress["bytes"] = file.tell()
+            progress["cut"] += cut
+            progress["seen"] += classifier.seen(complaints)
+            progress["labelled"] += sum(pair.severity is not None for pair in chunk)
+            checkpoint.write_json(journal, progress)
             chunk = list(islice(pairs, CHUNK))
     os.replace(partial, to)
     journal.unlink()
 
-    print(f"wrote {to}: {done['rows']:,} rows, "
-          f"{done['cut']:,} complaints cut to {classifier.max_length} tokens")
-    if done["labelled"]:
-        print(f"  {done['labelled']:,} rows came with a severity, which stays; "
+    print(f"wrote {to}: {progress['rows']:,} rows, "
+          f"{progress['cut']:,} complaints cut to {classifier.max_length} tokens")
+    if progress["labelled"]:
+        print(f"  {progress['labelled']:,} rows came with a severity, which stays; "
               "without that column it would be the likeliest class")
-    if done["seen"]:
-        print(f"  the classifier was trained on {done['seen']:,} of these complaints, "
+    if progress["seen"]:
+        print(f"  the classifier was trained on {progress['seen']:,} of these complaints, "
               "so it is too sure of them: train it with --folds 5")
 
 

@@ -128,7 +128,9 @@ def _text(value):
         value = int(value)
     nested = isinstance(value, (list, dict))
     text = json.dumps(value, ensure_ascii=False) if nested else str(value)
-    text = _DROPPED.sub("", _LINE_BREAK.sub("\n", text)).strip()
+    if not text.isprintable():  # most are, and finding that out is cheaper
+        text = _DROPPED.sub("", _LINE_BREAK.sub("\n", text))
+    text = text.strip()
     return _Nested(text) if nested else text
 
 
@@ -216,9 +218,8 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     found = find_columns(path, names, columns or {}, needed)
     has_probabilities = PROBABILITIES[0] in found
     if probabilities == "required" and not has_probabilities:
-        names = " ".join(f"{role}=COLUMN" for role in PROBABILITIES)
         raise InputError(f"{path} has no severity probabilities: give --classifier RUN, or --weighting none, "
-                         f"or name their columns: --columns {names}")
+                         f"or name their columns: --columns {'=COLUMN '.join(PROBABILITIES)}=COLUMN")
     print(f"{path}: " + ", ".join(f"{role} = {name!r}" for role, name in found.items()))
     others = [name for name in names if name not in found.values() or name == found.get("specialty")]
     present = {*found, "probabilities"} if has_probabilities else {*found}
@@ -264,23 +265,22 @@ _LETTER = re.compile(r"[^\W_]")  # or a digit
 
 def _make_pair(number, row, columns, others):
     """A Pair of what the row has, and {role: reason} of what it lacks or nobody can read."""
-    def cell(role):
-        return row.get(columns.get(role), "")
+    cells = {role: row.get(columns.get(role), "") for role in COLUMN_NAMES}
     problems = {}
     for role in ("complaint", "response"):
-        if isinstance(cell(role), _Nested) or not _LETTER.search(cell(role)):  # "👍" is no text
+        if isinstance(cells[role], _Nested) or not _LETTER.search(cells[role]):  # "👍" is no text
             problems[role] = f"without a {role}"
-    severity = LABELS.get(_plain(cell("severity")))
-    if not cell("severity"):
+    severity = LABELS.get(_plain(cells["severity"]))
+    if not cells["severity"]:
         problems["severity"] = "without a severity"
     elif severity is None:
         problems["severity"] = "with a severity other than non-critical, neutral, critical"
     try:
-        probabilities = _parse_probabilities([cell(role) for role in PROBABILITIES])
+        probabilities = _parse_probabilities([cells[role] for role in PROBABILITIES])
     except ValueError as reason:
         probabilities = None
         problems["probabilities"] = str(reason)
-    pair = Pair(number, cell("complaint"), cell("response"), severity, probabilities, cell("specialty"),
+    pair = Pair(number, cells["complaint"], cells["response"], severity, probabilities, cells["specialty"],
                 {name: row.get(name, "") for name in others})
     return pair, problems
 

@@ -1,13 +1,19 @@
-"""How the tokens of several documents lie in one stream, and what attention may see.
+"""Packed sequences, the KV cache, and attention over both.
 
-A batch is one stream of N tokens: the documents one after the other, nothing between them, no padding. Whatever works on
-single tokens (embeddings, norms, MLPs, head, loss) does not notice. Attention does, and LFM2's short convolution; both go through a
-sequences object: `PackedSequences` for training and encoding, `KVCache` for decoding. A model's code is the same for both.
+A batch is one tensor of N tokens: whole sequences one after the other, nothing between them, no padding. What
+works on single tokens (embeddings, norms, MLPs, head, loss) does not notice. Attention does, and LFM2's short
+convolution; both are methods of a sequences object: `PackedSequences` for training and encoding, `KVCache`
+for decoding. A model's code is the same for both.
 
-Two things change what attention sees. `slopes` (H,), ALiBi: a key `distance` tokens back gets -slope * distance added to its score
-(Press et al. 2022). `window`: a token sees the `window` tokens that end with itself.
+Two things change what attention sees. `slopes` (H,), ALiBi: a key `distance` tokens back gets -slope *
+distance added to its score (Press et al. 2022). `window`: a token sees the `window` tokens that end with
+itself.
+
+Attention probabilities get no dropout, whatever a config.json says: the flash kernel for packed sequences has
+none, and training is to be the same on every device. The other dropouts of config.json act.
 """
 
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -16,212 +22,265 @@ import torch.nn.functional as F
 from sevloss import InputError
 from sevloss.device import to_device
 
-# Up to this length a CPU computes attention in 16 bits, or with dropout, by plain products when it is to learn: the backward pass of SDPA
-# takes two to six times as long there. Longer texts would keep too many scores.
+# Up to this length a CPU computes attention in 16 bits by plain products when it is to learn: the backward
+# pass of SDPA takes two to six times as long there. Longer texts would keep too many scores.
 MANUAL_MAX_LENGTH = 256
 
 
 class PackedSequences:
-    """Whole documents of the given lengths; each token sees its own document alone, and with causal=True only what precedes it.
+    """Sequences of the given lengths; each token sees its own sequence alone, and with causal=True only what
+    precedes it.
 
-    positions (N,): 0, 1, ... within each document.
+    On the device: seqlens (B,); cu_seqlens (B + 1,) int32, where sequences begin and end; positions (N,), 0,
+    1, ... within each sequence; sequence_ids (N,), which sequence a token belongs to.
     """
 
     def __init__(self, lengths, device, *, causal):
-        self.lengths, self.device, self.causal = [int(n) for n in lengths], torch.device(device), causal
+        self.lengths = [int(length) for length in lengths]
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths must be positive, got {self.lengths[:8]}")
+        self.causal = causal
         self.max_seqlen = max(self.lengths)
-        self.positions = to_device(torch.cat([torch.arange(n) for n in self.lengths]), self.device)
-        self.runs = [(n, len(list(same))) for n, same in groupby(self.lengths)]  # neighbours of equal length share a call
-        self._rows, self._masks = None, {}
+        self.seqlens = to_device(torch.tensor(self.lengths), device)
+        self.cu_seqlens = F.pad(self.seqlens.cumsum(0), (1, 0)).to(torch.int32)
+        tokens = sum(self.lengths)
+        sequences = torch.arange(len(self.lengths), device=device)
+        self.sequence_ids = sequences.repeat_interleave(self.seqlens, output_size=tokens)
+        self.positions = torch.arange(tokens, device=device) - self.cu_seqlens[self.sequence_ids]
+        self._masks = {}
 
-    def attention(self, q, k, v, layer, *, dropout=0.0, scale=None, slopes=None, window=None):
-        """q (N, H, d), k and v (N, H or a divisor of H, d) -> (N, H, d)."""
+    def attention(self, q, k, v, layer=None, *, scale=None, slopes=None, window=None):
+        """q (N, H, d), k and v (N, K, d), where K divides H -> (N, H, d). scale: of the scores, d^-0.5 by
+        default. layer: which one it is, for a cache."""
         if not q.is_cuda:
-            return self._cpu_attention(q, k, v, dropout, scale, slopes, window)
-        flash = q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        if flash and dropout == 0 and slopes is None:
+            return self._cpu_attention(q, k, v, scale, slopes, window)
+        if slopes is None and flash_takes(q):
             return self._flash_attention(q, k, v, scale, window)
-        return self._padded_attention(q, k, v, dropout, scale, slopes, window)
+        return self._padded_attention(q, k, v, scale, slopes, window)
 
-    def convolve(self, x, weight, layer):
-        """Causal depth-wise convolution: x (N, D), weight (D, K) -> (N, D); weight[:, -1] meets the token itself."""
+    def convolve(self, x, weight, layer=None):
+        """Causal depth-wise convolution: x (N, D), weight (D, K) -> (N, D); weight[:, -1] meets the token
+        itself."""
         out = x * weight[:, -1]
-        for back in range(1, weight.shape[1]):
-            earlier = F.pad(x, (0, 0, back, 0))[:len(x)]  # row n is token n - back, which may belong to the document before
-            out = out + earlier * (self.positions >= back)[:, None] * weight[:, -1 - back]
+        for distance in range(1, weight.shape[1]):
+            earlier = F.pad(x, (0, 0, distance, 0))[:len(x)]  # row n is token n - distance
+            same_sequence = (self.positions >= distance)[:, None]
+            out = out + earlier * same_sequence * weight[:, -1 - distance]
         return out
 
-    def _cpu_attention(self, q, k, v, dropout, scale, slopes=None, window=None):
-        # On a CPU a call per document costs little and nothing is computed across documents.
-        learns = torch.is_grad_enabled() and q.requires_grad
-        parts = []
-        sizes = [length * count for length, count in self.runs]  # split, not slices: the backward of each slice would be as long as q
-        for (length, count), *run in zip(self.runs, q.split(sizes), k.split(sizes), v.split(sizes)):
-            qi, ki, vi = (t.unflatten(0, (count, length)).transpose(1, 2) for t in run)  # (G, H, L, d)
-            if learns and length <= MANUAL_MAX_LENGTH and (dropout or q.dtype != torch.float32):
+    # ------------------------------------------------------------------ the three routes of attention
+
+    def _cpu_attention(self, q, k, v, scale, slopes, window):
+        """On a CPU, always: a call for each run of neighbours of equal length. Calls cost little there, and
+        nothing is computed across sequences or on padding."""
+        runs = [(length, len(list(same))) for length, same in groupby(self.lengths)]
+        sizes = [length * count for length, count in runs]
+        training = torch.is_grad_enabled() and q.requires_grad
+        outputs = []
+        # split, not slices: the backward pass of each slice would be as long as q
+        for (length, count), qi, ki, vi in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
+            qi = qi.unflatten(0, (count, length)).transpose(1, 2)  # (count, H, length, d)
+            ki = ki.unflatten(0, (count, length)).transpose(1, 2)  # (count, K, length, d)
+            vi = vi.unflatten(0, (count, length)).transpose(1, 2)
+            if training and q.dtype != torch.float32 and length <= MANUAL_MAX_LENGTH:
                 mask = self._mask(length, slopes, window, q.dtype) if self.causal else None
-                part = manual_attention(qi, ki, vi, mask, dropout, scale)
+                out = manual_attention(qi, ki, vi, mask, scale)
             else:
-                part = _sdpa(qi, ki, vi, dropout_p=dropout, scale=scale, **self._visible(length, slopes, window, q.dtype))
-            parts.append(part.transpose(1, 2).flatten(0, 1))  # (G L, H, d)
-        return torch.cat(parts)
+                out = self._sdpa(qi, ki, vi, scale, slopes, window)
+            outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, H, d)
+        return torch.cat(outputs)
 
-    def _flash_attention(self, q, k, v, scale, window=None):
-        # The flash kernel for ragged batches; it exists on CUDA (Ampere or newer) in 16 bits, without dropout.
+    def _flash_attention(self, q, k, v, scale, window):
+        """On CUDA, where `flash_takes` it and there is no ALiBi: PyTorch's flash kernel for packed
+        sequences."""
         from torch.nn.attention.varlen import varlen_attn  # here, as it takes a second to import
-        starts = self._cuda_rows()[2]
-        around = (window - 1 if window else -1, 0) if self.causal else (-1, -1)  # tokens before and after; -1: all
-        return varlen_attn(q, k, v, starts, starts, self.max_seqlen, self.max_seqlen, scale=scale, window_size=around,
-                           enable_gqa=q.shape[1] != k.shape[1])
+        if self.causal:
+            window_size = (window - 1 if window else -1, 0)  # tokens seen before and after; -1: all
+        else:
+            window_size = (-1, -1)
+        return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen,
+                           scale=scale, window_size=window_size, enable_gqa=q.shape[1] != k.shape[1])
 
-    def _padded_attention(self, q, k, v, dropout, scale, slopes=None, window=None):
-        # Right padding inside attention only. With is_causal no real token sees padding, so no mask is needed and the
-        # flash and memory-efficient kernels stay eligible.
-        rows, real, _, real_keys = self._cuda_rows()
-        qp, kp, vp = (t[rows].transpose(1, 2) for t in (q, k, v))  # (B, H, T, d)
-        seen = self._visible(self.max_seqlen, slopes, window, q.dtype)
-        if not self.causal:
-            seen = {"attn_mask": real_keys[:, None, None]}
-        padded = _sdpa(qp, kp, vp, dropout_p=dropout, scale=scale, **seen)
-        return padded.transpose(1, 2).flatten(0, 1)[real]  # (N, H, d)
+    def _padded_attention(self, q, k, v, scale, slopes, window):
+        """On CUDA, otherwise (fp32, older GPUs, ALiBi, other head sizes): padded on the right, here alone.
+        Where only causality counts no real token sees padding, so no mask is needed and SDPA keeps its fast
+        kernels."""
+        batch, length = len(self.lengths), self.max_seqlen
+        padded_index = self.sequence_ids * length + self.positions  # (N,)
 
-    def _visible(self, length, slopes, window, dtype):
-        """What SDPA is told for documents of `length` tokens: is_causal where that says it all, else a mask, the same in every layer."""
-        if slopes is None and not (window and window < length):
-            return {"is_causal": self.causal}
-        return {"attn_mask": self._mask(length, slopes, window, dtype)}
+        def pad(t):
+            padded = t.new_zeros(batch * length, *t.shape[1:]).index_copy(0, padded_index, t)
+            return padded.unflatten(0, (batch, length)).transpose(1, 2)  # (B, H, T, d)
+
+        mask = None if self.causal else self._key_mask
+        out = self._sdpa(pad(q), pad(k), pad(v), scale, slopes, window, mask)  # (B, H, T, d)
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, padded_index)  # (N, H, d)
+
+    # ------------------------------------------------------------------ what they share
+
+    def _sdpa(self, q, k, v, scale, slopes, window, mask=None):
+        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d). is_causal where that says it all, else a
+        mask."""
+        length = q.shape[2]
+        if slopes is not None or (window is not None and window < length):
+            mask = self._mask(length, slopes, window, q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None,
+                                              scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
     def _mask(self, length, slopes, window, dtype):
+        """(1, 1 or H, length, length), added to the scores: the same in every layer, so made once a batch."""
         key = length, window, dtype
         if key not in self._masks:
-            t = torch.arange(length, device=self.device)
-            self._masks[key] = _added_mask(t[:, None] - t, slopes, window).to(dtype)
+            t = torch.arange(length, device=self.positions.device)
+            self._masks[key] = added_mask((t[:, None] - t)[None, None], slopes, window).to(dtype)
         return self._masks[key]
 
-    def _cuda_rows(self):
-        """rows (B, T): where padded position (b, t) lies in the stream; real (N,): where token n lies in the padded batch;
-        starts (B + 1,): where documents begin; real_keys (B, T)."""
-        if self._rows is None:
-            lengths = torch.tensor(self.lengths)
-            starts = F.pad(lengths.cumsum(0), (1, 0))
-            t = torch.arange(self.max_seqlen)
-            rows = (starts[:-1, None] + t).clamp(max=int(starts[-1]) - 1)
-            real_keys = t < lengths[:, None]
-            real = real_keys.flatten().nonzero().squeeze(1)
-            self._rows = tuple(to_device(t, self.device) for t in (rows, real, starts.to(torch.int32), real_keys))
-        return self._rows
+    @cached_property
+    def _key_mask(self):
+        """(B, 1, 1, T): False where a key is padding."""
+        return torch.arange(self.max_seqlen, device=self.seqlens.device) < self.seqlens[:, None, None, None]
 
 
 class KVCache:
-    """Decoding: the first stream holds the prompts, every later one holds one new token per document still being written.
+    """Decoding: the model's first call reads the prompts, packed; every later one a new token of each
+    sequence.
 
-    Keys and values lie in one buffer a layer, (B, K, room, d) for K key heads, documents left-aligned, so positions need no
-    correction; it grows by ROOM tokens. Of what a convolution has read, (B, width - 1, D) is kept a layer.
+    Between two calls: `advance`, and `select` where sequences have ended. Keys and values lie in one buffer a
+    layer, (B, K, room, d), each sequence from position 0 on; it grows by ROOM tokens. Of what a convolution
+    has read, (B, width - 1, D) is kept a layer.
+
+    positions (N,), sequence_ids (N,): of the tokens of the next call; lengths, max_seqlen: with them.
     """
 
     ROOM = 64
 
     def __init__(self, prompt_lengths, device):
-        self.prompts = PackedSequences(prompt_lengths, device, causal=True)
-        self.lengths = torch.tensor(self.prompts.lengths, device=device)  # tokens of each document that are stored
-        self.max_seqlen, self.room = self.prompts.max_seqlen, self.prompts.max_seqlen + self.ROOM
-        self.positions, self.filled, self.buffers, self.inputs = self.prompts.positions, False, {}, {}
+        self.prompts = PackedSequences(prompt_lengths, device, causal=True)  # None after the first call
+        self.lengths = self.prompts.lengths
+        self.positions = self.prompts.positions
+        self.sequence_ids = self.prompts.sequence_ids
+        self.max_seqlen = self.prompts.max_seqlen
+        self.room = self.max_seqlen + self.ROOM
+        self.buffers = {}  # layer -> keys, values
+        self.conv_inputs = {}  # layer -> inputs
+        self._masks = {}
 
     def advance(self):
-        """After each stream: the next one holds a single token a document, at position `lengths`."""
-        if self.filled:
-            self.lengths += 1
-        self.max_seqlen += 1  # that token included
-        self.filled = True
-        self.positions = self.lengths
+        """After each call of the model: the next one holds one token of each sequence."""
+        if self.prompts is not None:
+            self.positions = self.prompts.seqlens
+            self.sequence_ids = torch.arange(len(self.lengths), device=self.positions.device)
+            self.prompts = None
+        else:
+            self.positions = self.positions + 1
+        self.lengths = [length + 1 for length in self.lengths]
+        self.max_seqlen += 1
         self._masks = {}
         if self.max_seqlen > self.room:
             self.room += self.ROOM
-            self.buffers = {layer: tuple(F.pad(t, (0, 0, 0, self.ROOM)) for t in pair) for layer, pair in self.buffers.items()}
+            for layer, (keys, values) in self.buffers.items():
+                self.buffers[layer] = F.pad(keys, (0, 0, 0, self.ROOM)), F.pad(values, (0, 0, 0, self.ROOM))
 
-    def keep(self, rows):
-        """After `advance`: only the documents `rows` go on, in this order. A row stays in its place or comes from behind the new end
-        (3, 1 of 0..3, not 1, 3), so that what moves is a row for each that ended, not the whole cache."""
-        n = len(rows)
-        places, moved = [i for i, row in enumerate(rows) if row != i], [row for i, row in enumerate(rows) if row != i]
-        if any(row < n for row in moved):
-            raise ValueError(f"rows {list(rows)} would overwrite one another")
+    def select(self, rows):
+        """After `advance`: only the sequences `rows`, a list, go on, in this order. A row that stays in its
+        place is not copied: where one ends, let the last one take its place."""
+        count = len(rows)
+        moves = [(row, place) for place, row in enumerate(rows) if row != place]
+        moves = to_device(torch.tensor(moves, dtype=torch.int64).reshape(-1, 2), self.positions.device)
+        sources, places = moves.unbind(1)
 
-        def kept(t):
-            t[places] = t[moved]
-            return t[:n]
-        self.lengths = kept(self.lengths)
-        self.max_seqlen = int(self.lengths.max()) + 1
-        self.positions = self.lengths
+        def selected(t):
+            return t.index_copy_(0, places, t.index_select(0, sources))[:count]
+
+        self.positions = selected(self.positions)
+        self.sequence_ids = self.sequence_ids[:count]
+        for layer, (keys, values) in self.buffers.items():
+            self.buffers[layer] = selected(keys), selected(values)
+        for layer, inputs in self.conv_inputs.items():
+            self.conv_inputs[layer] = selected(inputs)
+        self.lengths = [self.lengths[row] for row in rows]
+        self.max_seqlen = max(self.lengths)
         self._masks = {}
-        self.buffers = {layer: (kept(k), kept(v)) for layer, (k, v) in self.buffers.items()}
-        self.inputs = {layer: kept(x) for layer, x in self.inputs.items()}
 
-    def attention(self, q, k, v, layer, *, dropout=0.0, scale=None, slopes=None, window=None):
-        if not self.filled:
-            starts, lengths = 0, self.prompts.lengths
-            buffers = [t.new_zeros(len(lengths), t.shape[1], self.room, t.shape[2]) for t in (k, v)]
-            for b, n in enumerate(lengths):
-                for buffer, t in zip(buffers, (k, v)):
-                    buffer[b, :, :n] = t[starts:starts + n].transpose(0, 1)
-                starts += n
-            self.buffers[layer] = tuple(buffers)
-            return self.prompts.attention(q, k, v, layer, scale=scale, slopes=slopes, window=window)
-        b = torch.arange(len(q), device=q.device)
-        keys, values = self.buffers[layer]
-        keys[b, :, self.lengths], values[b, :, self.lengths] = k, v
-        # All of the buffer is read, what is not yet written under the mask: a slice of it would be copied before each product.
-        if window not in self._masks:  # a token is stored at `lengths` and sees everything up to itself
-            distance = self.lengths[:, None] - torch.arange(self.room, device=q.device)  # (B, room)
-            self._masks[window] = _added_mask(distance[:, None], slopes, window)
-        # Spelled out: with one query a row SDPA takes two to three times as long on a CPU.
-        q = q.unflatten(1, (keys.shape[1], -1))  # (B, K, G, d): the G query heads that share a key head
-        scores = (q @ keys.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale) + self._masks[window]
-        return (scores.softmax(-1).to(q.dtype) @ values).flatten(1, 2)  # (B, H, d)
+    def attention(self, q, k, v, layer, *, scale=None, slopes=None, window=None):
+        """As `PackedSequences.attention`; keys and values of the tokens before come from the cache."""
+        # store
+        if layer not in self.buffers:
+            shape = len(self.lengths), k.shape[1], self.room, k.shape[2]
+            self.buffers[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        keys, values = self.buffers[layer]  # (B, K, room, d)
+        keys[self.sequence_ids, :, self.positions] = k
+        values[self.sequence_ids, :, self.positions] = v
+        if self.prompts is not None:
+            return self.prompts.attention(q, k, v, scale=scale, slopes=slopes, window=window)
+
+        # attend: all of the buffer is read, what is not written yet under the mask, as a slice would be
+        # copied before each product; by plain products, as SDPA with one query a row takes 2 to 3 times as
+        # long on a CPU
+        if window not in self._masks:
+            distance = self.positions[:, None] - torch.arange(self.room, device=q.device)  # (B, room)
+            self._masks[window] = added_mask(distance[:, None, None], slopes, window)
+        out = manual_attention(q[:, :, None], keys, values, self._masks[window], scale)  # (B, H, 1, d)
+        return out.squeeze(2)
 
     def convolve(self, x, weight, layer):
-        if not self.filled:
-            pad = F.pad(x, (0, 0, weight.shape[1] - 1, 0))
-            ends = torch.tensor(self.prompts.lengths, device=x.device).cumsum(0)
-            back = torch.arange(weight.shape[1] - 1, device=x.device)
-            rows = ends[:, None] + back  # (B, K - 1) in `pad`: the last inputs of each document
-            own = back >= weight.shape[1] - 1 - self.lengths[:, None]  # the others belong to the document before
-            self.inputs[layer] = pad[rows] * own[..., None]
-            return self.prompts.convolve(x, weight, layer)
-        seen = torch.cat([self.inputs[layer], x[:, None]], dim=1)  # (B, K, D)
-        self.inputs[layer] = seen[:, 1:]
-        return (seen * weight.T).sum(1)
+        """As `PackedSequences.convolve`; the tokens before come from the cache."""
+        before = weight.shape[1] - 1
+        if self.prompts is not None:
+            # keep the last K - 1 inputs of each prompt; in `padded` they begin where in x the prompt ends
+            padded = F.pad(x, (0, 0, before, 0))
+            offsets = torch.arange(before, device=x.device)
+            last = padded[self.prompts.cu_seqlens[1:, None] + offsets]  # (B, K - 1, D)
+            own = offsets >= before - self.prompts.seqlens[:, None]  # not those of the prompt before
+            self.conv_inputs[layer] = last * own[..., None]
+            return self.prompts.convolve(x, weight)
+        inputs = torch.cat([self.conv_inputs[layer], x[:, None]], dim=1)  # (B, K, D)
+        self.conv_inputs[layer] = inputs[:, 1:]
+        return (inputs * weight.T).sum(1)
+
+
+def flash_takes(q):
+    """Whether PyTorch's flash kernel takes q (N, H, d): 16 bits, Ampere or newer, d a multiple of 8 up to
+    256."""
+    head_dim = q.shape[-1]
+    return (q.dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+            and torch.cuda.get_device_capability(q.device) >= (8, 0))
+
+
+def manual_attention(q, k, v, mask, scale):
+    """softmax(q k^T scale + mask) v, by plain products; it keeps Q T numbers a head for the gradient.
+
+    q (B, H, Q, d), k and v (B, K, T, d), where K divides H, mask broadcast to (B, H, Q, T) or None -> (B, H,
+    Q, d).
+    """
+    batch, heads, queries, head_dim = q.shape
+    key_heads, keys = k.shape[1:3]
+    scale = head_dim ** -0.5 if scale is None else scale
+    q = q.reshape(batch, key_heads, -1, head_dim)  # query heads that share a key head, one after the other
+    scores = q @ k.transpose(-1, -2) * scale  # (B, K, H / K * Q, T)
+    scores = scores.view(batch, heads, queries, keys)
+    if mask is not None:
+        scores = scores + mask
+    probabilities = scores.softmax(-1).to(v.dtype)  # inside, softmax is in fp32 whatever the dtype
+    out = probabilities.view(batch, key_heads, -1, keys) @ v  # (B, K, H / K * Q, d)
+    return out.view(batch, heads, queries, head_dim)
+
+
+def added_mask(distance, slopes, window):
+    """distance (B, 1, Q, T) from a query back to a key -> (B, 1 or H, Q, T), added to the scores: -inf where
+    nothing may be seen, else 0 or ALiBi's penalty."""
+    if slopes is None:
+        bias = torch.zeros_like(distance, dtype=torch.float32)
+    else:
+        bias = -slopes[:, None, None] * distance
+    invisible = distance < 0
+    if window is not None:
+        invisible = invisible | (distance >= window)
+    return bias.masked_fill(invisible, -torch.inf)
 
 
 def check_context(sequences, context):
     """InputError where a text is longer than the model reads."""
     if sequences.max_seqlen > context:
-        raise InputError(f"a text has {sequences.max_seqlen} tokens, the model reads {context}: lower --max-length")
-
-
-def _added_mask(distance, slopes, window):
-    """distance (..., Q, T) from a query back to a key -> (..., 1 or H, Q, T), added to the scores: -inf where nothing may be seen."""
-    hidden = distance < 0
-    if window:
-        hidden |= distance >= window
-    hidden, distance = hidden.unsqueeze(-3), distance.unsqueeze(-3)
-    slopes = torch.zeros(1, device=distance.device) if slopes is None else slopes
-    return (-slopes[:, None, None] * distance).masked_fill(hidden, -torch.inf)
-
-
-def manual_attention(q, k, v, mask, dropout, scale):
-    """softmax(q k^T scale + mask) v; q (G, H, L, d), k and v (G, K, L, d) -> (G, H, L, d). Keeps L^2 numbers a head for the gradient."""
-    heads, length, head_dim = q.shape[1:]
-    keys = k.shape[1]
-    q = q.reshape(-1, keys, heads // keys * length, head_dim)  # the query heads that share a key head, one after the other
-    scores = q @ k.transpose(-1, -2) * (head_dim ** -0.5 if scale is None else scale)  # (G, K, H / K L, L)
-    if mask is not None:  # (1 or H, L, L)
-        scores = scores + (mask.repeat(1, heads // keys, 1) if len(mask) == 1 else mask.reshape(keys, -1, length))
-    out = F.dropout(scores.softmax(-1), dropout) @ v  # inside, softmax is in fp32 whatever the dtype
-    return out.reshape(-1, heads, length, head_dim)
-
-
-def _sdpa(q, k, v, **arguments):
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **arguments)
+        raise InputError(f"a text has {sequences.max_seqlen} tokens, the model reads {context}: "
+                         "lower --max-length")

@@ -1,6 +1,7 @@
 """BERT: an encoder, with a classification head where asked for. Names are those of the checkpoints.
 
-Source: Devlin et al. 2019. Embeddings are word + token type 0 + position, then LayerNorm; blocks have their norms last.
+Source: Devlin et al. 2019. Embeddings are word + token type 0 + position, then LayerNorm; blocks have their
+norms last.
 """
 
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ class BertConfig:
     type_vocab_size: int = 2
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
+    hidden_dropout_prob: float = 0.1  # attention_probs_dropout_prob is not read: attention.py says why
     classifier_dropout: float | None = None
     position_embedding_type: str = "absolute"
     model_type: str = "bert"
-    pooler: bool = False  # these three are not in config.json: what the checkpoint holds, or the caller asks for
+    # Not in config.json: what the checkpoint holds, or the caller asks for.
+    pooler: bool = False
     num_labels: int = 0
     pooling: str = "first"
 
@@ -48,19 +49,24 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, tokens, positions):
-        h = self.word_embeddings(tokens) + self.token_type_embeddings.weight[0] + self.position_embeddings(positions)
-        return self.dropout(self.LayerNorm(h))  # (N, D)
+        h = self.word_embeddings(tokens) + self.position_embeddings(positions)  # (N, D)
+        h = h + self.token_type_embeddings.weight[0]
+        return self.dropout(self.LayerNorm(h))
 
 
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.query, self.key, self.value = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
-        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.heads = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, sequences, layer):
-        q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.query, self.key, self.value))  # (N, H, d)
-        return sequences.attention(q, k, v, layer, dropout=self.dropout if self.training else 0.0).flatten(1)  # (N, D)
+    def forward(self, x, sequences):
+        q = self.query(x).unflatten(1, (self.heads, -1))  # (N, H, d)
+        k = self.key(x).unflatten(1, (self.heads, -1))
+        v = self.value(x).unflatten(1, (self.heads, -1))
+        return sequences.attention(q, k, v).flatten(1)  # (N, D)
 
 
 class Output(nn.Module):
@@ -79,58 +85,75 @@ class Output(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": Output(config, config.hidden_size)})
+        self.attention = nn.ModuleDict({"self": SelfAttention(config),
+                                        "output": Output(config, config.hidden_size)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
         self.output = Output(config, config.intermediate_size)
 
-    def forward(self, h, sequences, layer):
-        h = self.attention["output"](self.attention["self"](h, sequences, layer), h)
-        return self.output(F.gelu(self.intermediate["dense"](h)), h)
+    def forward(self, h, sequences):
+        attended = self.attention["self"](h, sequences)
+        h = self.attention["output"](attended, h)
+        inner = F.gelu(self.intermediate["dense"](h))  # (N, inner)
+        return self.output(inner, h)
 
 
 class Bert(nn.Module):
     """tokens (N,), lengths -> hidden states (N, D) after the last block."""
 
+    Config = BertConfig
     prefix = "bert."
     optional_keys = ("bert.pooler.", "classifier.", "mean_classifier.")  # initialised then
     ignored_keys = r"^cls\.|embeddings\.position_ids$"
-    Config = BertConfig
 
     def __init__(self, config):
         super().__init__()
         if config.hidden_act != "gelu" or config.position_embedding_type != "absolute":
-            raise InputError(f"only BERT with gelu and absolute positions is known; config.json says {config.hidden_act!r} "
-                             f"and {config.position_embedding_type!r}")
+            raise InputError("only BERT with gelu and absolute positions is known; config.json says "
+                             f"{config.hidden_act!r} and {config.position_embedding_type!r}")
         if config.hidden_size % config.num_attention_heads:
-            raise InputError(f"hidden_size {config.hidden_size} in config.json is not a multiple of num_attention_heads "
-                             f"{config.num_attention_heads}")
+            raise InputError(f"hidden_size {config.hidden_size} in config.json is not a multiple of "
+                             f"num_attention_heads {config.num_attention_heads}")
         self.config = config
+        layers = [Layer(config) for _ in range(config.num_hidden_layers)]
         self.bert = nn.ModuleDict({
             "embeddings": Embeddings(config),
-            "encoder": nn.ModuleDict({"layer": nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])}),
+            "encoder": nn.ModuleDict({"layer": nn.ModuleList(layers)}),
         })
         if config.pooler or (config.num_labels and config.pooling == "first"):
             self.bert["pooler"] = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
         if config.num_labels:
-            rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-            self.dropout = nn.Dropout(rate)
+            rate = config.classifier_dropout
+            self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
             # Two names: a class of `transformers` that knows the first alone must not take the second for it.
-            self.register_module("classifier" if config.pooling == "first" else "mean_classifier",
-                                 nn.Linear(config.hidden_size, config.num_labels))
+            name = "classifier" if config.pooling == "first" else "mean_classifier"
+            self.register_module(name, nn.Linear(config.hidden_size, config.num_labels))
 
     @staticmethod
     def normalize_config(raw, names):
-        """A pooler and a classifier are built where the checkpoint has them or `num_labels` asks for them. A new head reads the first
-        token through the pooler; where the checkpoint has no pooler, the mean of all tokens, which needs none."""
-        trained = {"classifier.weight": "first", "mean_classifier.weight": "mean"}
-        pooling = next((p for name, p in trained.items() if name in names), None)
-        labels = raw.get("num_labels") or (len(raw.get("id2label") or (0, 1)) if pooling else 0)
+        """A pooler and a classifier are built where the checkpoint has them or `num_labels` asks for them. A
+        new head reads the first token through the pooler; where the checkpoint has no pooler, the mean of all
+        tokens, which needs none."""
         pooler = any("pooler." in name for name in names)
-        return {**raw, "num_labels": labels, "pooler": pooler, "pooling": pooling or ("first" if pooler else "mean")}
+        pooling = "first" if pooler else "mean"
+        stored_labels = len(raw.get("id2label") or (0, 1))
+        if "classifier.weight" in names:
+            pooling = "first"
+        elif "mean_classifier.weight" in names:
+            pooling = "mean"
+        else:
+            stored_labels = 0
+        num_labels = raw.get("num_labels") or stored_labels
+        return {**raw, "num_labels": num_labels, "pooler": pooler, "pooling": pooling}
 
     @property
     def architecture(self):
-        return "BertForSequenceClassification" if self.config.num_labels and self.config.pooling == "first" else "BertModel"
+        if self.config.num_labels and self.config.pooling == "first":
+            return "BertForSequenceClassification"
+        return "BertModel"
+
+    @property
+    def blocks(self):
+        return self.bert["encoder"]["layer"]
 
     def forward(self, tokens, lengths):
         return self.hidden_states(tokens, lengths, self.config.num_hidden_layers)
@@ -139,20 +162,24 @@ class Bert(nn.Module):
         """(N, D) after block `layer`, counted from 1; 0 is the embeddings."""
         if not 0 <= layer <= self.config.num_hidden_layers:
             raise InputError(f"block {layer} does not exist: the encoder has {self.config.num_hidden_layers}")
-        sequences = PackedSequences(lengths, tokens.device, causal=False)
+        return self._encode(tokens, PackedSequences(lengths, tokens.device, causal=False), layer)
+
+    def _encode(self, tokens, sequences, layers):
         check_context(sequences, self.config.context)
-        h = self.bert["embeddings"](tokens, sequences.positions)
-        for i in range(layer):
-            h = self.bert["encoder"]["layer"][i](h, sequences, i)
+        h = self.bert["embeddings"](tokens, sequences.positions)  # (N, D)
+        for block in self.blocks[:layers]:
+            h = block(h, sequences)
         return h
 
     def classify(self, tokens, lengths):
-        """Class logits (B, num_labels), from each document's first token through the tanh pooler, or from the mean of its tokens."""
-        h = self.forward(tokens, lengths)  # (N, D)
-        count = torch.tensor(lengths, device=tokens.device)
+        """Class logits (B, num_labels), from each sequence's first token through the tanh pooler, or from the
+        mean of its tokens."""
+        sequences = PackedSequences(lengths, tokens.device, causal=False)
+        h = self._encode(tokens, sequences, self.config.num_hidden_layers)  # (N, D)
         if self.config.pooling == "mean":
-            document = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), count, output_size=len(tokens))
-            sums = h.new_zeros(len(lengths), h.shape[1], dtype=torch.float32).index_add_(0, document, h.float())
-            return self.mean_classifier(self.dropout(sums / count[:, None]))
-        first = h[count.cumsum(0) - count]  # (B, D)
-        return self.classifier(self.dropout(torch.tanh(self.bert["pooler"]["dense"](first))))
+            sums = h.new_zeros(len(lengths), h.shape[1], dtype=torch.float32)  # (B, D)
+            sums = sums.index_add(0, sequences.sequence_ids, h.float())
+            return self.mean_classifier(self.dropout(sums / sequences.seqlens[:, None]))
+        first = h.index_select(0, sequences.cu_seqlens[:-1])  # (B, D)
+        pooled = torch.tanh(self.bert["pooler"]["dense"](first))
+        return self.classifier(self.dropout(pooled))

@@ -23,8 +23,7 @@ class BloomConfig:
     seq_length: int = 2048  # read in training; ALiBi itself sets no limit
     layer_norm_epsilon: float = 1e-5
     apply_residual_connection_post_layernorm: bool = False
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0  # attention_dropout is not read: attention.py says why
     tie_word_embeddings: bool = True
     model_type: str = "bloom"
     bos_token_id: int | None = None
@@ -35,28 +34,33 @@ class BloomConfig:
         return self.seq_length
 
 
-def alibi_slopes(heads):
-    """(H,) 2^(-8/n), 2^(-16/n), ... for n heads; where n is no power of two, those of the next smaller power, then every other one
-    of the next larger power."""
+def alibi_slopes(heads, device):
+    """(H,) 2^(-8/n), 2^(-16/n), ... for n heads; where n is no power of two, those of the next smaller power,
+    then every other one of the next larger power. Made on the device: a copy would make the host wait."""
     n = 2 ** math.floor(math.log2(heads))
-    exponents = [8 / n * (i + 1) for i in range(n)] + [4 / n * (2 * i + 1) for i in range(heads - n)]
-    return torch.tensor([2.0 ** -e for e in exponents])
+    exponents = 8 / n * (torch.arange(n, device=device) + 1)
+    between = 4 / n * (2 * torch.arange(heads - n, device=device) + 1)
+    return 2.0 ** -torch.cat([exponents, between])
 
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
+        self.heads = config.n_head
+        self.layer = layer
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.heads, self.layer, self.dropout = config.n_head, layer, config.attention_dropout
 
     def forward(self, x, sequences, slopes):
-        q, k, v = self.query_key_value(x).unflatten(1, (self.heads, 3, -1)).unbind(2)  # each (N, H, d): stored head by head
-        out = sequences.attention(q, k, v, self.layer, dropout=self.dropout if self.training else 0.0, slopes=slopes)
+        qkv = self.query_key_value(x).unflatten(1, (self.heads, 3, -1))  # (N, H, 3, d): stored head by head
+        q, k, v = qkv.unbind(2)  # each (N, H, d)
+        out = sequences.attention(q, k, v, self.layer, slopes=slopes)  # (N, H, d)
         return self.dense(out.flatten(1))  # (N, D)
 
 
 class MLP(nn.Module):
+    """(N, D) -> (N, 4 D) -> (N, D)"""
+
     def __init__(self, config):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size)
@@ -78,28 +82,33 @@ class Block(nn.Module):
 
     def forward(self, h, sequences, slopes):
         x = self.input_layernorm(h)
-        h = (x if self.residual_after_norm else h) + self.dropout(self.self_attention(x, sequences, slopes))
+        residual = x if self.residual_after_norm else h
+        h = residual + self.dropout(self.self_attention(x, sequences, slopes))
         x = self.post_attention_layernorm(h)
-        return (x if self.residual_after_norm else h) + self.dropout(self.mlp(x))
+        residual = x if self.residual_after_norm else h
+        return residual + self.dropout(self.mlp(x))
 
 
 class Bloom(nn.Module):
     """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
 
-    architecture, prefix, optional_keys = "BloomForCausalLM", "transformer.", ()
+    Config = BloomConfig
+    architecture = "BloomForCausalLM"
+    prefix = "transformer."
+    optional_keys = ()
     ignored_keys = r"\0"  # nothing
     lora_targets = ("query_key_value",)
-    Config = BloomConfig
 
     def __init__(self, config):
         super().__init__()
         if config.hidden_size % config.n_head:
-            raise InputError(f"hidden_size {config.hidden_size} in config.json is not a multiple of n_head {config.n_head}")
+            raise InputError(f"hidden_size {config.hidden_size} in config.json is not a multiple of "
+                             f"n_head {config.n_head}")
         self.config = config
         self.transformer = nn.ModuleDict({
             "word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size),
             "word_embeddings_layernorm": nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon),
-            "h": nn.ModuleList([Block(config, i) for i in range(config.n_layer)]),
+            "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             "ln_f": nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon),
         })
         if not config.tie_word_embeddings:
@@ -118,15 +127,15 @@ class Bloom(nn.Module):
     @property
     def head_weight(self):
         """(V, D)"""
-        return self.transformer["word_embeddings"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+        embedding = self.transformer["word_embeddings"]
+        return embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens, lengths):
-        return self.stream(tokens, PackedSequences(lengths, tokens.device, causal=True))
-
-    def stream(self, tokens, sequences):
-        """The same for any sequences: a `KVCache` decodes."""
-        slopes = alibi_slopes(self.config.n_head).to(tokens.device)
-        h = self.transformer["word_embeddings_layernorm"](self.transformer["word_embeddings"](tokens))  # (N, D)
+    def forward(self, tokens, lengths=None, cache=None):
+        """lengths: of the packed sequences; when decoding, a `KVCache` takes their place."""
+        sequences = cache or PackedSequences(lengths, tokens.device, causal=True)
+        slopes = alibi_slopes(self.config.n_head, tokens.device)
+        h = self.transformer["word_embeddings"](tokens)  # (N, D)
+        h = self.transformer["word_embeddings_layernorm"](h)
         for block in self.blocks:
             h = block(h, sequences, slopes)
         return self.transformer["ln_f"](h)

@@ -32,8 +32,7 @@ class GPT2Config:
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    resid_pdrop: float = 0.1
+    resid_pdrop: float = 0.1  # attn_pdrop is not read: attention.py says why
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True
@@ -61,20 +60,24 @@ class Conv1D(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
+        self.heads = config.n_head
+        self.layer = layer
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.heads, self.layer, self.dropout = config.n_head, layer, config.attn_pdrop
         self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
     def forward(self, x, sequences):
-        q, k, v = self.c_attn(x).unflatten(1, (3, self.heads, -1)).unbind(1)  # each (N, H, d)
-        out = sequences.attention(q, k, v, self.layer, dropout=self.dropout if self.training else 0.0, scale=self.scale)
+        qkv = self.c_attn(x).unflatten(1, (3, self.heads, -1))  # (N, 3, H, d)
+        q, k, v = qkv.unbind(1)  # each (N, H, d)
+        out = sequences.attention(q, k, v, self.layer, scale=self.scale)  # (N, H, d)
         return self.c_proj(out.flatten(1))  # (N, D)
 
 
 class MLP(nn.Module):
+    """(N, D) -> (N, inner) -> (N, D)"""
+
     def __init__(self, config):
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
@@ -111,28 +114,30 @@ class GroverBlock(Block):
 class GPT2(nn.Module):
     """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
 
-    architecture, prefix, optional_keys = "GPT2LMHeadModel", "transformer.", ()
+    Config = GPT2Config
+    architecture = "GPT2LMHeadModel"
+    prefix = "transformer."  # of all names but the head's; some checkpoints leave it out
+    optional_keys = ()
     ignored_keys = r"(^|\.)attn\.(bias|masked_bias)$"  # old checkpoints carry the causal mask
     lora_targets = ("c_attn", "c_proj")
-    Config = GPT2Config
 
     def __init__(self, config):
         super().__init__()
         if config.activation_function not in ACTIVATIONS:
-            raise InputError(f"activation_function {config.activation_function!r} in config.json is not known; "
-                             f"known: {', '.join(ACTIVATIONS)}")
+            raise InputError(f"activation_function {config.activation_function!r} in config.json is not "
+                             f"known; known: {', '.join(ACTIVATIONS)}")
         if config.n_embd % config.n_head:
-            raise InputError(f"n_embd {config.n_embd} in config.json is not a multiple of n_head {config.n_head}")
+            raise InputError(f"n_embd {config.n_embd} in config.json is not a multiple of "
+                             f"n_head {config.n_head}")
         self.config = config
         grover = config.model_type == "aragpt2"
-        self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd),
-                                          "wpe": nn.Embedding(config.n_positions, config.n_embd)})
-        if grover:
-            self.transformer["emb_norm"] = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        block = GroverBlock if grover else Block
-        self.transformer["h"] = nn.ModuleList([block(config, i) for i in range(config.n_layer)])
-        if not grover:
-            self.transformer["ln_f"] = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        block_class = GroverBlock if grover else Block
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.n_positions, config.n_embd),
+            "h": nn.ModuleList([block_class(config, layer) for layer in range(config.n_layer)]),
+            "emb_norm" if grover else "ln_f": nn.LayerNorm(config.n_embd, config.layer_norm_epsilon),
+        })
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.embd_pdrop)
@@ -140,7 +145,9 @@ class GPT2(nn.Module):
     @staticmethod
     def normalize_config(raw, names):
         """config.json as stored -> as meant: AraGPT2-large and -mega are known by their embedding norm."""
-        return {**raw, "model_type": "aragpt2"} if any(name.endswith("emb_norm.weight") for name in names) else raw
+        if any(name.endswith("emb_norm.weight") for name in names):
+            return {**raw, "model_type": "aragpt2"}
+        return raw
 
     @property
     def blocks(self):
@@ -149,18 +156,19 @@ class GPT2(nn.Module):
     @property
     def head_weight(self):
         """(V, D)"""
-        return self.transformer["wte"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+        embedding = self.transformer["wte"]
+        return embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens, lengths):
-        return self.stream(tokens, PackedSequences(lengths, tokens.device, causal=True))
-
-    def stream(self, tokens, sequences):
-        """The same for any sequences: a `KVCache` decodes."""
+    def forward(self, tokens, lengths=None, cache=None):
+        """lengths: of the packed sequences; when decoding, a `KVCache` takes their place."""
+        sequences = cache or PackedSequences(lengths, tokens.device, causal=True)
         check_context(sequences, self.config.context)
-        parts = self.transformer
-        h = self.dropout(parts["wte"](tokens) + parts["wpe"](sequences.positions))  # (N, D)
-        if "emb_norm" in parts:
-            h = parts["emb_norm"](h)
+        h = self.transformer["wte"](tokens) + self.transformer["wpe"](sequences.positions)  # (N, D)
+        h = self.dropout(h)
+        if "emb_norm" in self.transformer:
+            h = self.transformer["emb_norm"](h)
         for block in self.blocks:
             h = block(h, sequences)
-        return parts["ln_f"](h) if "ln_f" in parts else h
+        if "ln_f" in self.transformer:
+            h = self.transformer["ln_f"](h)
+        return h

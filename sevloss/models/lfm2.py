@@ -1,6 +1,7 @@
 """LFM2: some blocks attend, the others mix neighbouring tokens by a gated short convolution.
 
-Names are those of the checkpoints. Source: Liquid AI 2025 (LFM2), and its class in `transformers` for what the report leaves out.
+Names are those of the checkpoints. Source: Liquid AI 2025 (LFM2), and its class in `transformers` for what
+the report leaves out.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import nn
 
 from sevloss import InputError
 from sevloss.models.attention import PackedSequences, check_context
-from sevloss.models.llama import RMSNorm, rotary_angles, rotate
+from sevloss.models.llama import RMSNorm, rope_settings, rotary_angles, rotate
 
 
 @dataclass
@@ -42,8 +43,13 @@ class Lfm2Config:
         return self.max_position_embeddings
 
     @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
     def inner(self):
-        """Width of the feed-forward: two thirds of intermediate_size, times the multiplier, up to a multiple of block_multiple_of."""
+        """Width of the feed-forward: two thirds of intermediate_size, times the multiplier, up to a multiple
+        of block_multiple_of."""
         if not self.block_auto_adjust_ff_dim:
             return self.intermediate_size
         inner = int(2 * self.intermediate_size / 3)
@@ -54,17 +60,24 @@ class Lfm2Config:
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, config.hidden_size // config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.out_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-        self.q_layernorm, self.k_layernorm = (RMSNorm(self.head_dim, config.norm_eps) for _ in range(2))  # on each head
+        self.layer = layer
+        self.head_dim = config.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_layernorm = RMSNorm(self.head_dim, config.norm_eps)  # on each head
+        self.k_layernorm = RMSNorm(self.head_dim, config.norm_eps)
 
     def forward(self, x, sequences, angles):
-        q, k, v = (project(x).unflatten(1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, d)
-        q, k = rotate(self.q_layernorm(q), *angles), rotate(self.k_layernorm(k), *angles)
-        return self.out_proj(sequences.attention(q, k, v, self.layer).flatten(1))  # (N, D)
+        q = self.q_proj(x).unflatten(1, (-1, self.head_dim))  # (N, H, d)
+        k = self.k_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
+        v = self.v_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
+        q = rotate(self.q_layernorm(q), *angles)
+        k = rotate(self.k_layernorm(k), *angles)
+        out = sequences.attention(q, k, v, self.layer)  # (N, H, d)
+        return self.out_proj(out.flatten(1))  # (N, D)
 
 
 class ShortConvolution(nn.Module):
@@ -72,21 +85,24 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        width = config.conv_L_cache
+        size = config.hidden_size
         self.layer = layer
-        self.in_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.conv_bias)
-        self.conv = nn.Conv1d(config.hidden_size, config.hidden_size, width, groups=config.hidden_size, bias=config.conv_bias)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.conv_bias)
+        self.in_proj = nn.Linear(size, 3 * size, bias=config.conv_bias)
+        self.conv = nn.Conv1d(size, size, config.conv_L_cache, groups=size, bias=config.conv_bias)
+        self.out_proj = nn.Linear(size, size, bias=config.conv_bias)
 
     def forward(self, x, sequences, angles):
         b, c, x = self.in_proj(x).chunk(3, dim=-1)  # each (N, D)
-        mixed = sequences.convolve(b * x, self.conv.weight[:, 0].to(x.dtype), self.layer)
+        weight = self.conv.weight[:, 0].to(x.dtype)  # (D, K): one filter a channel
+        mixed = sequences.convolve(b * x, weight, self.layer)  # (N, D)
         if self.conv.bias is not None:
             mixed = mixed + self.conv.bias.to(x.dtype)
         return self.out_proj(c * mixed)
 
 
 class FeedForward(nn.Module):
+    """(N, D) -> (N, inner) -> (N, D)"""
+
     def __init__(self, config):
         super().__init__()
         self.w1 = nn.Linear(config.hidden_size, config.inner, bias=False)
@@ -100,39 +116,46 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        attends = config.layer_types[layer] == "full_attention"
-        self.operator = "self_attn" if attends else "conv"  # the checkpoint has a name for each
-        self.register_module(self.operator, (Attention if attends else ShortConvolution)(config, layer))
+        self.attends = config.layer_types[layer] == "full_attention"
+        if self.attends:
+            self.self_attn = Attention(config, layer)
+        else:
+            self.conv = ShortConvolution(config, layer)
         self.feed_forward = FeedForward(config)
         self.operator_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, h, sequences, angles):
-        h = h + getattr(self, self.operator)(self.operator_norm(h), sequences, angles)
+        operator = self.self_attn if self.attends else self.conv
+        h = h + operator(self.operator_norm(h), sequences, angles)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
 class Lfm2(nn.Module):
     """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
 
-    architecture, prefix, optional_keys = "Lfm2ForCausalLM", "model.", ()
+    Config = Lfm2Config
+    architecture = "Lfm2ForCausalLM"
+    prefix = "model."
+    optional_keys = ()
     ignored_keys = r"\0"  # nothing
     lora_targets = ("q_proj", "v_proj")
-    Config = Lfm2Config
 
     def __init__(self, config):
         super().__init__()
-        if len(config.layer_types or ()) != config.num_hidden_layers or set(config.layer_types) - {"full_attention", "conv"}:
-            raise InputError(f"layer_types in config.json must say full_attention or conv for each of {config.num_hidden_layers} blocks; "
-                             f"it is {config.layer_types}")
+        types = config.layer_types or ()
+        if len(types) != config.num_hidden_layers or not set(types) <= {"full_attention", "conv"}:
+            raise InputError("layer_types in config.json must say full_attention or conv for each of "
+                             f"{config.num_hidden_layers} blocks; it is {config.layer_types}")
         if config.num_attention_heads % config.num_key_value_heads:
-            raise InputError(f"num_attention_heads {config.num_attention_heads} in config.json is not a multiple of num_key_value_heads "
-                             f"{config.num_key_value_heads}")
+            raise InputError(f"num_attention_heads {config.num_attention_heads} in config.json is not a "
+                             f"multiple of num_key_value_heads {config.num_key_value_heads}")
         self.config = config
+        self.rope = rope_settings(config)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)]),
-            "embedding_norm": RMSNorm(config.hidden_size, config.norm_eps),  # in spite of its name the last norm
+            "layers": nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)]),
+            "embedding_norm": RMSNorm(config.hidden_size, config.norm_eps),  # in spite of its name the last
         })
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -144,8 +167,8 @@ class Lfm2(nn.Module):
         if "block_ff_dim" in raw:
             raw["intermediate_size"] = raw["block_ff_dim"]
         if raw.get("full_attn_idxs") is not None:
-            attending = raw["full_attn_idxs"]
-            raw["layer_types"] = ["full_attention" if i in attending else "conv" for i in range(raw.get("num_hidden_layers", 0))]
+            layers = range(raw.get("num_hidden_layers", 0))
+            raw["layer_types"] = ["full_attention" if i in raw["full_attn_idxs"] else "conv" for i in layers]
         if "tie_embedding" in raw:
             raw["tie_word_embeddings"] = raw["tie_embedding"]
         return raw
@@ -157,15 +180,14 @@ class Lfm2(nn.Module):
     @property
     def head_weight(self):
         """(V, D)"""
-        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+        embedding = self.model["embed_tokens"]
+        return embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens, lengths):
-        return self.stream(tokens, PackedSequences(lengths, tokens.device, causal=True))
-
-    def stream(self, tokens, sequences):
-        """The same for any sequences: a `KVCache` decodes."""
+    def forward(self, tokens, lengths=None, cache=None):
+        """lengths: of the packed sequences; when decoding, a `KVCache` takes their place."""
+        sequences = cache or PackedSequences(lengths, tokens.device, causal=True)
         check_context(sequences, self.config.context)
-        angles = rotary_angles(self.config, sequences.positions, self.config.hidden_size // self.config.num_attention_heads)
+        angles = rotary_angles(self.rope, sequences.positions, self.config.head_dim)
         h = self.model["embed_tokens"](tokens)  # (N, D)
         for block in self.blocks:
             h = block(h, sequences, angles)

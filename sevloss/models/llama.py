@@ -1,7 +1,7 @@
 """Llama, Qwen2 and Qwen3: one architecture. What differs is said where it differs.
 
-Names are those of the checkpoints. Sources: Touvron et al. 2023 (Llama), Grattafiori et al. 2024 (Llama 3's rotary scaling),
-Yang et al. 2024 (Qwen2), Yang et al. 2025 (Qwen3), Su et al. 2021 (rotary positions).
+Names are those of the checkpoints. Sources: Touvron et al. 2023 (Llama), Grattafiori et al. 2024 (Llama 3's
+rotary scaling), Yang et al. 2024 (Qwen2), Yang et al. 2025 (Qwen3), Su et al. 2021 (rotary positions).
 """
 
 import math
@@ -13,6 +13,8 @@ from torch import nn
 
 from sevloss import InputError
 from sevloss.models.attention import PackedSequences, check_context
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 @dataclass
@@ -31,8 +33,7 @@ class LlamaConfig:
     rope_scaling: dict | None = None
     hidden_act: str = "silu"
     attention_bias: bool = False
-    mlp_bias: bool = False
-    attention_dropout: float = 0.0
+    mlp_bias: bool = False  # attention_dropout is not read: attention.py says why
     use_sliding_window: bool = False
     sliding_window: int | None = None
     max_window_layers: int = 0
@@ -50,74 +51,96 @@ class LlamaConfig:
         """How many tokens attention sees in this layer; None: all."""
         if self.model_type == "llama" or not self.use_sliding_window:
             return None
-        slides = self.layer_types[layer] == "sliding_attention" if self.layer_types else layer >= self.max_window_layers
+        if self.layer_types:
+            slides = self.layer_types[layer] == "sliding_attention"
+        else:
+            slides = layer >= self.max_window_layers
         return self.sliding_window if slides else None
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; computed in fp32 whatever the dtype of x."""
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; inside, in fp32 whatever the dtype of
+    x."""
 
     def __init__(self, size, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotary_angles(config, positions, head_dim):
-    """positions (N,) -> cos, sin (N, 1, d / 2) in fp32: in 16 bits, positions beyond a few hundred would run into one another."""
+def rope_settings(config):
+    """rope_theta, rope_type and what else new and old files say of rotary positions, as one dict."""
     rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {}), **(config.rope_parameters or {})}
-    frequency = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "linear":
+    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise InputError(f"rotary positions of type {rope['rope_type']!r} in config.json are not known; "
+                         "known: default, linear, llama3")
+    return rope
+
+
+def rotary_angles(rope, positions, head_dim):
+    """positions (N,) -> cos, sin (N, 1, d / 2) in fp32: in 16 bits, positions beyond a few hundred would run
+    into one another."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    frequency = rope["rope_theta"] ** -exponents  # (d / 2,)
+    if rope["rope_type"] == "linear":
         frequency = frequency / rope["factor"]
-    elif kind == "llama3":
+    elif rope["rope_type"] == "llama3":
         # Short waves stay, long ones are stretched by `factor`, those between by something between.
-        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # of each wave, in the original context
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in that context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         stay = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (stay + (1 - stay) / rope["factor"])
-    elif kind != "default":
-        raise InputError(f"rotary positions of type {kind!r} in config.json are not known; known: default, linear, llama3")
-    angles = positions[:, None, None] * frequency
+    angles = positions[:, None, None] * frequency  # (N, 1, d / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
     """x (N, H, d): the first half of d is turned with the second (halves, not neighbouring pairs)."""
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.float().chunk(2, dim=-1)  # each (N, H, d / 2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.heads = config.num_attention_heads
-        kv_heads = config.num_key_value_heads or self.heads
-        self.head_dim = config.head_dim or config.hidden_size // self.heads
-        if self.heads % kv_heads:
-            raise InputError(f"num_attention_heads {self.heads} in config.json is not a multiple of num_key_value_heads {kv_heads}")
-        qkv_bias = config.attention_bias or config.model_type == "qwen2"  # Qwen2: on q, k, v, not on the output
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=qkv_bias)
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads or heads
+        if heads % kv_heads:
+            raise InputError(f"num_attention_heads {heads} in config.json is not a multiple of "
+                             f"num_key_value_heads {kv_heads}")
+        self.head_dim = config.head_dim or config.hidden_size // heads
+        self.layer = layer
+        self.window = config.window(layer)
+        qkv_bias = config.attention_bias or config.model_type == "qwen2"  # Qwen2: not on the output
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
-        self.normed = config.model_type == "qwen3"  # each head's q and k, before they are rotated
-        if self.normed:
-            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
-        self.layer, self.window, self.dropout = layer, config.window(layer), config.attention_dropout
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.has_norms = config.model_type == "qwen3"  # on each head's q and k, before they are rotated
+        if self.has_norms:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x, sequences, angles):
-        q, k, v = (project(x).unflatten(1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, d)
-        if self.normed:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        out = sequences.attention(q, k, v, self.layer, dropout=self.dropout if self.training else 0.0, window=self.window)
+        q = self.q_proj(x).unflatten(1, (-1, self.head_dim))  # (N, H, d)
+        k = self.k_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
+        v = self.v_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
+        if self.has_norms:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = rotate(q, *angles)
+        k = rotate(k, *angles)
+        out = sequences.attention(q, k, v, self.layer, window=self.window)  # (N, H, d)
         return self.o_proj(out.flatten(1))  # (N, D)
 
 
 class MLP(nn.Module):
+    """(N, D) -> (N, inner) -> (N, D)"""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -144,20 +167,22 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
 
-    prefix, optional_keys = "model.", ()
+    Config = LlamaConfig
+    prefix = "model."
+    optional_keys = ()
     ignored_keys = r"rotary_emb\.inv_freq$"  # old checkpoints carry the frequencies
     lora_targets = ("q_proj", "v_proj")
-    Config = LlamaConfig
 
     def __init__(self, config):
         super().__init__()
         if config.hidden_act != "silu":
-            raise InputError(f"hidden_act {config.hidden_act!r} in config.json is not known; a {config.model_type} has silu")
-        rotary_angles(config, torch.zeros(1, device="cpu"), 2)  # refuses what it does not know, before anything is computed
+            raise InputError(f"hidden_act {config.hidden_act!r} in config.json is not known; "
+                             f"a {config.model_type} has silu")
         self.config = config
+        self.rope = rope_settings(config)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)]),
+            "layers": nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)]),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
@@ -166,12 +191,13 @@ class Llama(nn.Module):
     @staticmethod
     def normalize_config(raw, names):
         """What a config.json of `transformers` may leave out differs between the three."""
-        silent = {"qwen2": {"max_position_embeddings": 32768}, "qwen3": {"max_position_embeddings": 32768, "head_dim": 128}}
-        return silent.get(raw["model_type"], {}) | raw
+        defaults = {"qwen2": {"max_position_embeddings": 32768},
+                    "qwen3": {"max_position_embeddings": 32768, "head_dim": 128}}
+        return defaults.get(raw["model_type"], {}) | raw
 
     @property
     def architecture(self):
-        return {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[self.config.model_type]
+        return ARCHITECTURES[self.config.model_type]
 
     @property
     def blocks(self):
@@ -180,15 +206,14 @@ class Llama(nn.Module):
     @property
     def head_weight(self):
         """(V, D)"""
-        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
+        embedding = self.model["embed_tokens"]
+        return embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens, lengths):
-        return self.stream(tokens, PackedSequences(lengths, tokens.device, causal=True))
-
-    def stream(self, tokens, sequences):
-        """The same for any sequences: a `KVCache` decodes."""
+    def forward(self, tokens, lengths=None, cache=None):
+        """lengths: of the packed sequences; when decoding, a `KVCache` takes their place."""
+        sequences = cache or PackedSequences(lengths, tokens.device, causal=True)
         check_context(sequences, self.config.context)
-        angles = rotary_angles(self.config, sequences.positions, self.blocks[0].self_attn.head_dim)
+        angles = rotary_angles(self.rope, sequences.positions, self.blocks[0].self_attn.head_dim)
         h = self.model["embed_tokens"](tokens)  # (N, D)
         for block in self.blocks:
             h = block(h, sequences, angles)

@@ -1,10 +1,12 @@
-"""`--ckpt tiny`: a small model with random weights and a vocabulary trained on the data, for trials without a download."""
+"""`--ckpt tiny`: a small model with random weights and a vocabulary trained on the data, for trials without a
+download."""
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sevloss.models import from_scratch
 
 EOS = "<|endoftext|>"
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def tiny_gpt2(texts, vocab_size=2000):
@@ -12,28 +14,31 @@ def tiny_gpt2(texts, vocab_size=2000):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  min_frequency=2, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS], min_frequency=2,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     eos = tokenizer.token_to_id(EOS)
-    return from_scratch(dict(
-        model_type="gpt2", vocab_size=tokenizer.get_vocab_size(), n_positions=512, n_embd=192, n_layer=3, n_head=6,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=eos, eos_token_id=eos)), tokenizer
+    model = from_scratch(dict(
+        model_type="gpt2", vocab_size=tokenizer.get_vocab_size(), n_positions=512, n_embd=192, n_layer=3,
+        n_head=6, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=eos, eos_token_id=eos))
+    return model, tokenizer
 
 
 def tiny_bert(texts, num_labels, vocab_size=2000):
-    """(BERT of 2 blocks, 128 wide, no dropout, with a classification head; WordPiece tokenizer trained on `texts`)."""
+    """(BERT of 2 blocks, 128 wide, no dropout, with a classification head; WordPiece tokenizer trained on
+    `texts`)."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, min_frequency=2,
-                                                                   show_progress=False))
-    ids = {token: tokenizer.token_to_id(token) for token in special}
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=BERT_SPECIAL, min_frequency=2,
+                                        show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[(t, ids[t]) for t in ("[CLS]", "[SEP]")])
-    return from_scratch(dict(
-        model_type="bert", vocab_size=tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=512, max_position_embeddings=512, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        pad_token_id=ids["[PAD]"], num_labels=num_labels)), tokenizer
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")])
+    model = from_scratch(dict(
+        model_type="bert", vocab_size=tokenizer.get_vocab_size(), hidden_size=128, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=512, max_position_embeddings=512, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, pad_token_id=tokenizer.token_to_id("[PAD]"), num_labels=num_labels))
+    return model, tokenizer
