@@ -5,6 +5,9 @@
 """
 
 import argparse
+import contextlib
+import io
+import itertools
 import json
 import math
 import time
@@ -13,76 +16,94 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal, training_data
+from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal
 from sevloss.classifier import annotate
-from sevloss.data import file_fingerprint
 from sevloss.evaluation import scores
 from sevloss.inputs import tables
 from sevloss.loss import linear_weighted_token_ce, severity_weights
-from sevloss.models import enable_gradient_checkpointing, eos_ids, load_model, load_tokenizer, lora, save_model
+from sevloss.models import (
+    enable_gradient_checkpointing,
+    eos_ids,
+    load_model,
+    load_tokenizer,
+    lora,
+    save_model,
+)
 from sevloss.models.tiny import tiny_gpt2
+from sevloss.optimizer import adamw, set_learning_rate
 from sevloss.severity import parse_weighting
-from sevloss.training_rows import TrainingRows
 
-# "paper": what the published notebooks set; the README says what is wrong with it. Arguments that are given go before a recipe's.
+# "paper": what the published notebooks set; docs/paper-recipe.md says what is wrong with it. Arguments that
+# are given go before a recipe's.
 RECIPES = {"default": {}, "paper": dict(
-    supervise="row", max_length=512, train_rows=20_000, epochs=3.0, batch_size=8, lr=2e-4, warmup=0.0, weight_decay=0.0, clip=1.0,
-    lora=16, lora_alpha=32.0, lora_dropout=0.05)}
-VALIDATION_ROWS = 1000  # enough to choose the best step by; the test rows are evaluate.py's
+    supervise="row", max_length=512, train_rows=20_000, epochs=3.0, batch_size=8, lr=2e-4, warmup=0.0,
+    weight_decay=0.0,
+    clip=1.0, lora=16, lora_alpha=32.0, lora_dropout=0.05)}
 
+
+# --- configuration ------------------------------------------------------------------------------------------
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--ckpt", default="tiny", help="short name, hub id, folder or run; tiny: small, from scratch (default)")
-    group.add_argument("--data", default=tables.SAMPLE, help=".jsonl, .csv, .tsv or .xlsx with complaints and responses")
-    group.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post response=Plan")
-    group.add_argument("--preprocess", choices=("auto", "arabert", "none"), default="auto", help="auto: as the checkpoint was trained")
-    group.add_argument("--max-length", type=int, default=512, help="most tokens of prompt and response together")
-    group = parser.add_argument_group("method")
-    group.add_argument("--weighting", default="balanced", help="none, mild, balanced, strong, or the three coefficients A,B,C")
-    group.add_argument("--normalise", choices=("example", "token"), default="example",
-                       help="example: the paper's mean over each response, then over examples; token: mean over tokens")
-    group.add_argument("--classifier", metavar="RUN", help="run of train_classifier.py that gives the severity probabilities")
-    group.add_argument("--supervise", choices=("response", "row"), default="response",
-                       help="response: its tokens and EOS; row: the prompt too, and the EOS that fills each row to --max-length")
-    group.add_argument("--train-rows", type=int, metavar="N", help="only the first N training rows")
-    group.add_argument("--recipe", choices=RECIPES, default="default", help="paper: train as the published notebooks do")
-    group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora", type=int, metavar="R", help="freeze the model and train adapters of rank R")
-    group.add_argument("--lora-alpha", type=float, help="their scale is alpha / R; default 2 R")
-    group.add_argument("--lora-dropout", type=float, default=0.0)
-    group.add_argument("--lora-targets", nargs="+", metavar="NAME", help="linear layers that get adapters, e.g. q_proj v_proj")
-    group.add_argument("--merge", action="store_true", help="also write the best model with its adapters merged in, to RUN/merged")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=float, help="default 3; tiny: 10")
-    group.add_argument("--max-steps", type=int, help="optimizer steps instead of --epochs")
-    group.add_argument("--lr", type=float, help="peak learning rate; default 5e-5; tiny: 2e-3")
-    group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the learning rate rises")
-    group.add_argument("--batch-size", type=int, default=16, help="examples per optimizer step")
-    group.add_argument("--weight-decay", type=float, default=0.01)
-    group.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    group.add_argument("--seed", type=int, default=0)
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of the matrix products; parameters stay fp32")
-    group.add_argument("--micro-tokens", type=int, default=4096, help="most tokens in memory at once; does not change the result")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="compute blocks twice, to hold the activations of one alone")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
-    group.add_argument("--save-every", type=int, metavar="STEPS", help="validate and save this often; default once an epoch")
-    group.add_argument("--resume", action="store_true", help="go on with the run in --out, with the arguments it began with")
-    parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("model and data").add_argument
+    add("--ckpt", default="tiny", help="short name, hub id, folder or run; default: tiny, from scratch")
+    add("--data", default=tables.SAMPLE, help=".jsonl, .csv, .tsv or .xlsx with complaints and responses")
+    add("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post response=Plan")
+    add("--preprocess", choices=("auto", "arabert", "none"), default="auto", help="auto: as in pre-training")
+    add("--max-length", type=int, default=512, help="most tokens of prompt and response together")
+    add("--train-rows", type=int, metavar="N", help="only the first N training rows")
+    add = parser.add_argument_group("method").add_argument
+    add("--weighting", default="balanced", help="none, mild, balanced, strong, or three coefficients A,B,C")
+    add("--normalise", choices=("example", "token"), default="example",
+        help="example: the paper's mean over each response, then over examples; token: mean over tokens")
+    add("--classifier", metavar="RUN", help="run of train_classifier.py that gives the probabilities")
+    add("--supervise", choices=("response", "row"), default="response",
+        help="response: its tokens and EOS; row: the prompt, and EOS up to --max-length, too")
+    add("--recipe", choices=RECIPES, default="default", help="paper: train as the published notebooks do")
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--lora", type=int, metavar="R", help="freeze the model and train adapters of rank R")
+    add("--lora-alpha", type=float, help="their scale is alpha / R; default 2 R")
+    add("--lora-dropout", type=float, default=0.0)
+    add("--lora-targets", nargs="+", metavar="NAME", help="layers that get adapters, e.g. q_proj v_proj")
+    add("--merge", action="store_true", help="also write the best model, adapters merged in, to RUN/merged")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=float, help="default 3; tiny: 10")
+    add("--max-steps", type=int, help="optimizer steps instead of --epochs")
+    add("--lr", type=float, help="peak learning rate; default 5e-5; tiny: 2e-3")
+    add("--warmup", type=float, default=0.05, help="share of the steps in which the learning rate rises")
+    add("--batch-size", type=int, default=16, help="examples per optimizer step")
+    add("--weight-decay", type=float, default=0.01)
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--seed", type=int, default=0)
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; parameters stay fp32")
+    add("--micro-tokens", type=int, default=4096, help="at most so many tokens in memory at once")
+    add("--gradient-checkpointing", action="store_true", help="less memory: compute each block twice")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
+    add("--save-every", type=int, metavar="STEPS", help="validate and save this often; default once an epoch")
+    add("--resume", action="store_true", help="go on with the run in --out, with the same arguments")
+
+    recipe = parser.parse_known_args()[0].recipe
+    parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args()
     tiny = args.ckpt == "tiny"
-    args.epochs = args.epochs if args.epochs is not None else 10 if tiny else 3
-    args.lr = args.lr if args.lr is not None else 2e-3 if tiny else 5e-5
-    check_positive(args, "epochs", "max_steps", "max_length", "lr", "batch_size", "clip", "micro_tokens", "save_every", "lora",
-                   "lora_alpha", "train_rows", or_zero=("warmup", "weight_decay", "seed", "lora_dropout"))
+    if args.epochs is None:
+        args.epochs = 10 if tiny else 3
+    if args.lr is None:
+        args.lr = 2e-3 if tiny else 5e-5
+    check_positive(args, "epochs", "max_steps", "max_length", "lr", "batch_size", "clip", "micro_tokens",
+                   "save_every", "lora", "lora_alpha", "train_rows",
+                   or_zero=("warmup", "weight_decay", "seed", "lora_dropout"))
     if args.warmup > 1:
         raise InputError(f"--warmup is a share of the steps, at most 1, not {args.warmup}")
+    if tiny and recipe == "paper":
+        raise InputError("--recipe paper adapts a checkpoint with LoRA: name one, e.g. --ckpt aragpt2-base")
     if tiny and args.lora:
-        raise InputError("--lora adapts a checkpoint; --ckpt tiny is made on the spot: train it whole, or name a checkpoint")
+        raise InputError("--lora adapts a checkpoint; --ckpt tiny is made on the spot: train it whole, or "
+                         "name a checkpoint")
     if not args.lora and (args.merge or args.lora_targets):
         raise InputError("--merge and --lora-targets belong to --lora R")
     if args.lora_dropout >= 1:
@@ -90,171 +111,228 @@ def parse_arguments():
     return args
 
 
-def show_weights(weights, coefficients):
-    low, high = min(coefficients), max(coefficients)
-    print(f"severity weights of the {len(weights):,} training examples: mean {weights.mean():.3f}, sd {weights.std(correction=0):.3f}, "
-          f"from {weights.min():.3f} to {weights.max():.3f}")
-    if low == high:
-        return
-    print(terminal.histogram(weights.tolist(), low, high))
-    if weights.std(correction=0) < 0.05 * (high - low):
-        print("  Nearly all weights are the same: the probabilities hardly tell the classes apart, so the weighting will hardly act.")
+# --- model --------------------------------------------------------------------------------------------------
 
-
-def learning_rate(step, steps, warmup):
-    """Factor on the peak: linear rise over the warm-up, linear decay to 0 at the end."""
-    rise = max(1, round(warmup * steps))
-    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
-
-
-@report_errors
-def main():
-    args = parse_arguments()
-    coefficients = parse_weighting(args.weighting)
-    run = checkpoint.new_run(args.out, "finetune", args.resume)
-    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
-    print(compute)
-
-    weighted = len(set(coefficients)) > 1
-    table, columns = args.data, tables.parse_columns(args.columns)
-    if weighted and args.classifier:
-        table, columns = annotate.annotated(args.classifier, table, columns, compute), {}
-    elif args.classifier:
-        print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not asked")
-    reading = dict(needed=("complaint", "response", "critical") if weighted else ("complaint", "response"), columns=columns,
-                   train_rows=args.train_rows, validation_rows=VALIDATION_ROWS)
-    rows = TrainingRows(table, **reading)
-
-    # Model and tokenizer; seeded here, so that runs that differ only in their weights start from the same model
-    device.seed_everything(args.seed)
+def make_model(args, compute, table, reading):
+    """(model, tokenizer, preprocessing) of the checkpoint; `tiny`: new, of the training rows."""
     if args.ckpt == "tiny":
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
-        pairs = list(rows)
-        texts = [data.prepare(t, preprocess) for p in pairs for t in (data.PROMPT.format(complaint=p.complaint), p.response)]
+        with contextlib.redirect_stdout(io.StringIO()):  # encoded_table will say the same about the table
+            pairs = data.split_pairs(tables.usable_pairs(table, **reading))["train"][:args.train_rows]
+        texts = []
+        for pair in pairs:
+            texts.append(data.prepare(data.PROMPT.format(complaint=pair.complaint), preprocess))
+            texts.append(data.prepare(pair.response, preprocess))
         model, tokenizer = tiny_gpt2(texts)
     else:
-        file_fingerprint(table)  # refuses a table that is not there, before a large model is loaded
-        rows.begin()  # a large table is read while the model is loaded
-        # a frozen base in the dtype it is computed in: autocast would cast it anew at every use
+        data.file_fingerprint(table)  # refuses a table that is not there, before a large model is loaded
+        # A frozen base is held in the dtype it is computed in: autocast would cast it anew at every use.
         model = load_model(args.ckpt, dtype=compute.dtype if args.lora else torch.float32)
         tokenizer = load_tokenizer(args.ckpt)
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, model.raw_config)
     if not hasattr(model, "head_weight") or not eos_ids(model):
-        raise InputError(f"{args.ckpt} is no causal language model with an end-of-text token: nothing to fine-tune")
+        raise InputError(f"{args.ckpt} is no causal language model with an end-of-text token: nothing to "
+                         "fine-tune")
     model.raw_config["sevloss"] = {"prompt": data.PROMPT, "preprocess": preprocess}
 
     if args.lora:
-        lora.attach(model, args.lora, alpha=args.lora_alpha or 2 * args.lora, dropout=args.lora_dropout, targets=args.lora_targets)
+        lora.attach(model, args.lora, alpha=args.lora_alpha or 2 * args.lora, dropout=args.lora_dropout,
+                    targets=args.lora_targets)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    model.to(compute.device)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    total, learning = (sum(p.numel() for p in parameters) for parameters in (model.parameters(), trainable))
-    print(f"{args.ckpt}: {total:,} parameters, {learning:,} of them trainable ({learning / total:.2%}), "
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{args.ckpt}: {parameters:,} parameters, {trainable:,} ({trainable / parameters:.2%}) learn, "
           f"vocabulary {len(model.head_weight):,}, preprocessing {preprocess}")
+    return model.to(compute.device), tokenizer, preprocess
 
-    # Optimizer; decay on matrices only
-    matrices, vectors = [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=args.lr, fused=True)  # one kernel for all parameters; exists for CPU and CUDA
 
-    # Table -> pairs -> splits -> ids
-    max_length = min(args.max_length, model.config.context)
-    encoding = dict(max_length=max_length, eos_id=eos_ids(model)[0], preprocess=preprocess,
-                    encode=data.encode_published if args.supervise == "row" else data.encode_pairs)
-    if args.ckpt == "tiny":
-        ready = training_data.prepare(rows, pairs, tokenizer, **encoding)
-    else:
-        ready = training_data.remembered("runs/cache", rows, tokenizer, (reading, encoding | {"encode": args.supervise}),
-                                         lambda: training_data.prepare(rows, rows, tokenizer, **encoding))
-    examples, held_out = ready.examples, ready.held_out
-    print(f"{len(examples):,} pairs to train on, {len(held_out):,} to validate on, {ready.kept:,} kept for evaluate.py")
+# --- the pieces of the loop ---------------------------------------------------------------------------------
 
-    # Severity -> one weight per example; with the normalisation folded in it is the weight of each of its tokens
-    weights = severity_weights(torch.from_numpy(ready.probabilities), coefficients)
+def show_weights(weights, coefficients):
+    low = min(coefficients)
+    high = max(coefficients)
+    sd = weights.std(correction=0)
+    print(f"severity weights of the {len(weights):,} training examples: "
+          f"mean {weights.mean():.3f}, sd {sd:.3f}, from {weights.min():.3f} to {weights.max():.3f}")
+    if low < high:
+        print(terminal.histogram(weights.tolist(), low, high))
+        if sd < 0.05 * (high - low):
+            print("  Nearly all weights are the same: the probabilities hardly tell the classes apart, so "
+                  "the weighting will hardly act.")
+
+
+def step_batches(examples, token_weights, args, compute, first_step):
+    """Yields (indices of the examples, their micro-batches on the device) of each optimizer step.
+
+    Each epoch has an order of its own, made of seed and epoch; its last step may have fewer examples.
+    """
+    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
+    order = None
+    for step in itertools.count(first_step):
+        epoch, step_of_epoch = divmod(step, steps_per_epoch)
+        if order is None or step_of_epoch == 0:
+            order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
+        indices = order[step_of_epoch * args.batch_size:(step_of_epoch + 1) * args.batch_size]
+        parts = data.micro_batches(examples.input_lengths, indices, args.micro_tokens)
+        yield indices, [data.make_batch(examples, part, compute.device, token_weights) for part in parts]
+
+
+def validate_and_save(run, model, tokenizer, optimizer, scaler, validation, compute, progress):
+    """Scores the model by the unweighted NLL of validation rows, whatever the weighting; returns a line.
+
+    The state is saved first, then the model if it is the best so far: resuming mends a stop in between.
+    """
+    nll = scores.per_token(scores.response_nll(model, validation, compute), validation.target_counts)["nll"]
+    if not math.isfinite(nll):
+        raise InputError(f"the validation NLL is {nll} after step {progress['step']}: lower --lr; nothing "
+                         "was saved since the last validation")
+    better = nll < progress["best"]
+    if better:
+        progress["best"] = nll
+        progress["best_step"] = progress["step"]
+    progress["validation"].append([progress["step"], nll])
+    checkpoint.save_state(run, model, optimizer, scaler, progress)
+    if better:
+        save_model(model, tokenizer, run)
+    checkpoint.write_json(run / "validation.json", progress["validation"])
+    return f"step {progress['step']}: validation NLL {nll:.4f} per token{' (best)' if better else ''}"
+
+
+@report_errors
+def main():
+    # ---- configuration
+    args = parse_arguments()
+    coefficients = parse_weighting(args.weighting)
+    weighted = len(set(coefficients)) > 1
+    run = checkpoint.new_run(args.out, "finetune", args.resume)
+    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
+    print(compute)
+
+    # ---- severity: the table's own probabilities, or those of a classifier
+    table = args.data
+    columns = tables.parse_columns(args.columns)
+    probabilities = "required" if weighted else "if present"  # every weighting trains on the same rows
+    if args.classifier and weighted:
+        table = annotate.annotated(args.classifier, table, columns, compute)
+        columns = {}
+    elif args.classifier:
+        probabilities = "optional"
+        print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not used")
+    reading = dict(needed=("complaint", "response"), probabilities=probabilities, columns=columns)
+
+    # ---- model and tokenizer; seeded here: runs that differ only in their weights start from the same model
+    device.seed_everything(args.seed)
+    model, tokenizer, preprocess = make_model(args, compute, table, reading)
+
+    # ---- data: table -> pairs -> splits -> ids
+    encoding = dict(max_length=min(args.max_length, model.config.context), eos_id=eos_ids(model)[0],
+                    preprocess=preprocess)
+    encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
+                                 supervise=args.supervise, train_rows=args.train_rows)
+    examples = encoded.train
+    print(f"{len(examples):,} pairs to train on, {len(encoded.validation):,} to validate on, "
+          f"{encoded.test_rows:,} kept for evaluate.py")
+
+    # ---- severity -> weight of each example -> weight of each of its tokens, the normalisation folded in
+    weights = severity_weights(torch.tensor(examples.probabilities), coefficients)  # (n, 3) -> (n,)
     show_weights(weights, coefficients)
-    token_weights = weights.numpy() / (examples.target_counts if args.normalise == "example" else 1)
+    token_weights = weights.numpy()
+    if args.normalise == "example":
+        token_weights = token_weights / examples.target_counts  # the paper's w / L
 
+    # ---- optimizer
+    optimizer = adamw(model, args.lr, args.weight_decay)
+    scaler = compute.grad_scaler()
+    trainable = [p for p in model.parameters() if p.requires_grad]
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
     save_every = args.save_every or steps_per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, args.warmup))
-    scaler = compute.grad_scaler()
 
-    progress = {"step": 0, "best": math.inf, "best_step": 0, "validation": []}
+    # ---- resume, or begin
+    progress = {"step": 0, "updates": 0, "best": math.inf, "best_step": 0, "validation": []}
     if args.resume:
-        checkpoint.check_resumed(run, "finetune.py", vars(args), ready.fingerprint)
-        progress = checkpoint.load_state(run, model, optimizer, scaler, schedule)
+        checkpoint.check_resumed(run, "finetune.py", vars(args), encoded.fingerprint)
+        progress = checkpoint.load_state(run, model, optimizer, scaler)
         checkpoint.keep_lines(run / "metrics.jsonl", progress["step"])
+        if progress["best_step"] == progress["step"]:  # it may have stopped between saving state and model
+            save_model(model, tokenizer, run)
         print(f"going on after step {progress['step']} of {steps}")
     else:
-        checkpoint.write_run_json(run, "finetune.py", vars(args), coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT,
-                                  compute=str(compute), table=str(table), columns=columns, data_fingerprint=ready.fingerprint, steps=steps)
+        checkpoint.write_run_json(
+            run, "finetune.py", vars(args), coefficients=coefficients, preprocess=preprocess,
+            prompt=data.PROMPT, compute=str(compute), table=str(table), columns=columns, steps=steps,
+            data_fingerprint=encoded.fingerprint)
     metrics_file = open(run / "metrics.jsonl", "a", encoding="utf-8")
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
 
-    def batches_of(step):
-        """(examples of the optimizer step, their micro-batches on the way to the device)"""
-        epoch, position = divmod(step, steps_per_epoch)
-        order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
-        chosen = order[position * args.batch_size:(position + 1) * args.batch_size]
-        parts = data.micro_batches(examples.input_lengths, chosen, args.micro_tokens)
-        return chosen, [data.make_batch(examples, part, compute.device, token_weights) for part in parts]
-
-    # The loop
-    upcoming = batches_of(progress["step"])
+    # ---- the loop: an optimizer step a turn
+    batches = step_batches(examples, token_weights, args, compute, progress["step"])
+    upcoming = next(batches)
     for step in range(progress["step"], steps):
-        model.train()
         began = time.perf_counter()
-        chosen, batches = upcoming
-        supervised = int(examples.target_counts[chosen].sum())
-        denominator = len(chosen) if args.normalise == "example" else supervised  # of the whole step, known before any forward pass
+        indices, micro_batches = upcoming
+        model.train()
 
-        total = torch.zeros((), device=compute.device)
-        with compute.autocast():  # around all micro-batches: inside, a weight is cast to 16 bits once
-            for batch in batches:
+        # learning rate; it stands still at steps that fp16 skips
+        lr = set_learning_rate(optimizer, args.lr, progress["updates"], steps, round(args.warmup * steps))
+
+        # the denominator of the loss, of the whole optimizer step and known before any forward pass
+        supervised_tokens = int(examples.target_counts[indices].sum())
+        denominator = len(indices) if args.normalise == "example" else supervised_tokens
+
+        # forward and backward of each micro-batch; gradients add up
+        step_loss = torch.zeros((), device=compute.device)
+        for batch in micro_batches:
+            with compute.autocast():
                 hidden = model(batch.tokens, batch.lengths)  # (N, D)
-                loss = linear_weighted_token_ce(hidden[batch.supervised_index], model.head_weight, batch.targets, batch.weights,
+                hidden = hidden.index_select(0, batch.supervised_index)  # (S, D)
+                loss = linear_weighted_token_ce(hidden, model.head_weight, batch.targets, batch.weights,
                                                 denominator=denominator, ignore_index=None)
-                with torch.autocast(compute.device.type, enabled=False):  # of the forward pass alone
-                    scaler.scale(loss).backward()  # gradients add up over micro-batches
-                total += loss.detach()
+            scaler.scale(loss).backward()
+            step_loss += loss.detach()
+
+        # clip; the next step's batches are made while the device works; then its one transfer to the host
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, args.clip)
-        lr = schedule.get_last_lr()[0]
+        upcoming = next(batches)
+        step_loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()
+
+        # optimizer step; fp16 skips it where the scaled gradients overflowed, and lowers the scale
+        finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
+        if not finite and not (scaler.is_enabled() and math.isfinite(step_loss)):
+            raise InputError(f"loss {step_loss}, gradient norm {grad_norm} at step {step + 1}: lower --lr, "
+                             "or --resume from the last save with --dtype fp32")
         scaler.step(optimizer)
         scaler.update()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        progress["step"] = step + 1
+        progress["updates"] += finite
 
-        upcoming = batches_of(step + 1)  # made while the device works: nothing has waited for it yet
-        total, grad_norm = torch.stack([total, grad_norm]).tolist()  # the step's one transfer from the device
-        if not math.isfinite(total):
-            raise InputError(f"the loss is {total} at step {step + 1}: lower --lr, or --resume from the last save with --dtype fp32")
-        seconds, tokens = time.perf_counter() - began, int(examples.input_lengths[chosen].sum())
-        metrics_file.write(json.dumps({"step": step + 1, "loss": total, "lr": lr, "grad_norm": grad_norm, "examples": len(chosen),
-                                       "tokens": tokens, "supervised_tokens": supervised, "seconds": round(seconds, 4)}) + "\n")
-        bar.set_postfix_str(f"loss {total:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+        # metrics
+        seconds = time.perf_counter() - began
+        tokens = int(examples.input_lengths[indices].sum())
+        metrics_file.write(json.dumps({
+            "step": step + 1, "loss": step_loss, "lr": lr, "grad_norm": grad_norm if finite else None,
+            "examples": len(indices), "tokens": tokens, "supervised_tokens": supervised_tokens,
+            "seconds": round(seconds, 4)}) + "\n")
+        bar.set_postfix_str(f"loss {step_loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
         bar.update()
 
+        # validation and checkpoint
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            score = scores.per_token(scores.response_nll(model, held_out, compute), held_out.target_counts)["nll"]  # unweighted, always
-            better = score < progress["best"]
-            if better:
-                progress |= {"best": score, "best_step": step + 1}
-                save_model(model, tokenizer, run / "best")
-            progress["validation"].append([step + 1, score])
-            checkpoint.write_json(run / "validation.json", progress["validation"])
             metrics_file.flush()
-            checkpoint.save_state(run, model, tokenizer, optimizer, scaler, schedule, {**progress, "step": step + 1})
-            bar.write(f"step {step + 1}: validation NLL {score:.4f} per token{' (best)' if better else ''}")
+            bar.write(validate_and_save(run, model, tokenizer, optimizer, scaler, encoded.validation, compute,
+                                        progress))
     bar.close()
+    metrics_file.close()
 
-    print(f"best validation NLL {progress['best']:.4f} at step {progress['best_step']}; "
-          f"peak memory {compute.peak_memory() / 2 ** 30:.2f} GiB")
+    # ---- what there is now
+    print(f"best NLL {progress['best']:.4f}, at step {progress['best_step']}; {compute.peak_memory()}")
     if args.merge:
-        save_model(load_model(run / "best"), tokenizer, run / "merged")
-    print(f"wrote {run} (last step) and {run / 'best'}{', merged too' if args.merge else ''}\nnext: python evaluate.py {run}")
+        save_model(load_model(run), tokenizer, run / "merged")
+        print(f"wrote {run}/merged")
+    print(f"wrote {run}\nnext: python evaluate.py {run}")
 
 
 if __name__ == "__main__":

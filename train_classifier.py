@@ -1,6 +1,6 @@
-"""Fine-tune a BERT encoder to give p(non-critical), p(neutral), p(critical) of a complaint; calibrate it; annotate tables.
+"""Fine-tune a BERT encoder to give p(non-critical), p(neutral), p(critical); calibrate it; annotate tables.
 
-    python train_classifier.py                                                   # embedded sample, small model, offline
+    python train_classifier.py                                      # embedded sample, small model, offline
     python train_classifier.py --ckpt arabertv02 --data posts.xlsx --folds 5 --out runs/severity
     python train_classifier.py --ckpt runs/severity --annotate maqa.xlsx --to maqa_severity.jsonl
 """
@@ -10,173 +10,241 @@ import json
 import math
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import nn
 from tqdm import tqdm
 
 from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal
 from sevloss.classifier import annotate, baseline, report
-from sevloss.data import Fingerprint, complaint_id, file_fingerprint, hash_fraction, split_pairs
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer, save_model
 from sevloss.models.tiny import tiny_bert
+from sevloss.optimizer import adamw, set_learning_rate
 from sevloss.severity import CLASSES, confusion_matrix, fit_temperature, scores
 
+# --- configuration ------------------------------------------------------------------------------------------
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--ckpt", default="tiny", help="BERT checkpoint or a run of this script; tiny: small, from scratch (default)")
-    group.add_argument("--data", help="labelled table: .jsonl, .csv, .tsv or .xlsx (default: the embedded sample)")
-    group.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post severity=Severity")
-    group.add_argument("--preprocess", choices=("auto", "arabert", "none"), default="auto", help="auto: as the checkpoint was trained")
-    group.add_argument("--max-length", type=int, default=256, help="most tokens of a complaint")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=10, help="at most; the epoch with the lowest validation NLL is kept")
-    group.add_argument("--patience", type=int, default=3, help="stop after this many epochs without a lower validation NLL")
-    group.add_argument("--lr", type=float, help="peak learning rate; default 3e-5; tiny: 1e-3")
-    group.add_argument("--batch-size", type=int, default=32)
-    group.add_argument("--weight-decay", type=float, default=0.01)
-    group.add_argument("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
-    group.add_argument("--class-balanced", action="store_true", help="every class counts the same in the loss, however rare")
-    group.add_argument("--seed", type=int, nargs="+", default=[0], help="several: one model each; the best on validation is kept")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of the matrix products; parameters stay fp32")
-    group = parser.add_argument_group("run and annotation")
-    group.add_argument("--out", metavar="RUN", help="run folder; default runs/classifier-001 and so on")
-    group.add_argument("--folds", type=int, default=0, metavar="K", help="also train K models for out-of-fold probabilities")
-    group.add_argument("--annotate", metavar="TABLE", help="add severity and probabilities to this table ...")
-    group.add_argument("--to", metavar="FILE", help="... and write it here: .jsonl, .csv or .tsv")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("model and data").add_argument
+    add("--ckpt", default="tiny", help="BERT checkpoint or a run of this script; default: tiny, from scratch")
+    add("--data", help="labelled table: .jsonl, .csv, .tsv or .xlsx (default: the embedded sample)")
+    add("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post")
+    add("--preprocess", choices=("auto", "arabert", "none"), default="auto", help="auto: as in pre-training")
+    add("--max-length", type=int, default=256, help="most tokens of a complaint")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=10, help="at most; the epoch with the lowest validation NLL is kept")
+    add("--patience", type=int, default=3, help="stop after this many epochs without a lower validation NLL")
+    add("--lr", type=float, help="peak learning rate; default 3e-5; tiny: 1e-3")
+    add("--batch-size", type=int, default=32)
+    add("--weight-decay", type=float, default=0.01)
+    add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
+    add("--class-balanced", action="store_true", help="every class counts the same in the loss, however rare")
+    add("--seed", type=int, nargs="+", default=[0], help="several: a model each; the best is kept")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; parameters stay fp32")
+    add = parser.add_argument_group("run and annotation").add_argument
+    add("--out", metavar="RUN", help="run folder; default runs/classifier-001 and so on")
+    add("--folds", type=int, default=0, metavar="K", help="also train K models for out-of-fold probabilities")
+    add("--annotate", metavar="TABLE", help="add severity and probabilities to this table ...")
+    add("--to", metavar="FILE", help="... and write it here: .jsonl, .csv or .tsv")
     args = parser.parse_args()
+    if args.lr is None:
+        args.lr = 1e-3 if args.ckpt == "tiny" else 3e-5
+    check_positive(args, "max_length", "epochs", "lr", "batch_size",
+                   or_zero=("patience", "weight_decay", "label_smoothing"))
     if bool(args.annotate) != bool(args.to):
         raise InputError("--annotate TABLE and --to FILE belong together")
     if args.folds == 1 or args.folds < 0:
         raise InputError("--folds takes 2 or more")
     if min(args.seed) < 0:
         raise InputError(f"--seed must be at least 0, not {min(args.seed)}")
-    args.lr = args.lr if args.lr is not None else 1e-3 if args.ckpt == "tiny" else 3e-5
-    check_positive(args, "max_length", "epochs", "lr", "batch_size", or_zero=("patience", "weight_decay", "label_smoothing"))
     if args.max_length < 8 or args.label_smoothing >= 1:
         raise InputError("--max-length must be at least 8, --label-smoothing less than 1")
     return args
 
 
-def start(args, texts, seed):
-    """A fresh model with a 3-class head, and its tokenizer. tiny: with a vocabulary trained on `texts`."""
+# --- model and data -----------------------------------------------------------------------------------------
+
+def make_model(args, texts, seed):
+    """(model with a head for the classes, tokenizer). tiny: new, with a vocabulary of `texts`."""
     device.seed_everything(seed)
     if args.ckpt == "tiny":
         model, tokenizer = tiny_bert(texts, num_labels=3)
     else:
-        model, tokenizer = load_model(args.ckpt, num_labels=3), load_tokenizer(args.ckpt)
+        model = load_model(args.ckpt, num_labels=3)
+        tokenizer = load_tokenizer(args.ckpt)
     if not hasattr(model, "classify"):
         raise InputError(f"{args.ckpt} is a language model, not an encoder such as BERT")
-    model.raw_config |= {"id2label": {str(i): name for i, name in enumerate(CLASSES)},
-                         "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    model.raw_config["id2label"] = {str(i): name for i, name in enumerate(CLASSES)}
+    model.raw_config["label2id"] = {name: i for i, name in enumerate(CLASSES)}
     return model, tokenizer
 
 
 def soft_targets(pairs):
-    """Complaints without repetition and their targets (n, 3): where the same complaint has several labels, their shares."""
-    counts, texts = defaultdict(lambda: [0, 0, 0]), {}
+    """Distinct complaints and targets (n, 3): where one has several labels, the labels' shares."""
+    complaints = {}
+    counts = defaultdict(lambda: [0, 0, 0])
     for pair in pairs:
-        counts[complaint_id(pair.complaint)][pair.severity] += 1
-        texts.setdefault(complaint_id(pair.complaint), pair.complaint)
-    targets = torch.tensor([counts[name] for name in texts], dtype=torch.float32)
-    return list(texts.values()), targets / targets.sum(-1, keepdim=True)
+        name = data.complaint_id(pair.complaint)
+        complaints.setdefault(name, pair.complaint)
+        counts[name][pair.severity] += 1
+    targets = torch.tensor([counts[name] for name in complaints], dtype=torch.float32)
+    return list(complaints.values()), targets / targets.sum(-1, keepdim=True)
 
 
-def fit(args, compute, train, validation, preprocess, seed, *, label, log=None):
-    """Trains on `train`, keeps the epoch with the lowest NLL on `validation`: (model, tokenizer, validation logits, temperature)."""
+def labels_of(pairs):
+    """(n,)"""
+    return torch.tensor([pair.severity for pair in pairs])
+
+
+def encode(model, tokenizer, complaints, args, preprocess):
+    return annotate.encode_complaints(tokenizer, complaints, preprocess=preprocess,
+                                      max_length=min(args.max_length, model.config.context))
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+@dataclass
+class Fitted:
+    model: nn.Module  # of the epoch with the lowest validation NLL
+    tokenizer: Tokenizer
+    logits: torch.Tensor  # (n, 3) of the validation rows
+    temperature: float  # fitted on them
+
+
+def fit(args, compute, train, validation, preprocess, seed, *, name, log=None):
+    """Trains on the pairs `train` and keeps the epoch with the lowest NLL on the pairs `validation`: Fitted.
+
+    name: of the progress bar; log: an open file that gets a line of JSON per optimizer step.
+    """
+    # ---- model and data
     complaints, targets = soft_targets(train)
-    model, tokenizer = start(args, [data.prepare(c, preprocess) for c in complaints], seed)
+    model, tokenizer = make_model(args, [data.prepare(c, preprocess) for c in complaints], seed)
     model.to(compute.device)
-    max_length = min(args.max_length, model.config.context)
-    encode = dict(preprocess=preprocess, max_length=max_length)
-    ids, cut = annotate.encode_complaints(tokenizer, complaints, **encode)
-    held_out, cut_held_out = annotate.encode_complaints(tokenizer, [p.complaint for p in validation], **encode)
-    if cut + cut_held_out:
-        print(f"  {cut + cut_held_out:,} of {len(ids) + len(held_out):,} complaints were cut to fit {max_length} tokens")
-    labels = torch.tensor([p.severity for p in validation])
-    class_weights = targets.mean(0).clamp(min=1e-6).reciprocal() / 3 if args.class_balanced else torch.ones(3)
+    train_ids, train_cut = encode(model, tokenizer, complaints, args, preprocess)
+    validation_ids, validation_cut = encode(model, tokenizer, [p.complaint for p in validation], args,
+                                            preprocess)
+    validation_labels = labels_of(validation)
+    if train_cut + validation_cut:
+        print(f"  {train_cut + validation_cut:,} of {len(train_ids) + len(validation_ids):,} complaints "
+              f"were cut to fit {min(args.max_length, model.config.context)} tokens")
+    class_weights = torch.ones(3)
+    if args.class_balanced:
+        class_weights = targets.mean(0).clamp(min=1e-6).reciprocal() / 3
     class_weights = class_weights.to(compute.device)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    steps_per_epoch = math.ceil(len(ids) / args.batch_size)
-    steps, rise = args.epochs * steps_per_epoch, max(1, steps_per_epoch // 2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise)))
+    # ---- optimizer
+    optimizer = adamw(model, args.lr, args.weight_decay)
     scaler = compute.grad_scaler()
-    best, best_epoch, kept = math.inf, 0, None
-    bar = tqdm(total=steps, unit="step", desc=label, mininterval=1)
+    steps_per_epoch = math.ceil(len(train_ids) / args.batch_size)
+    steps = args.epochs * steps_per_epoch
+    best_nll = math.inf
+    best_epoch = 0
+    step = 0
+    updates = 0
+    bar = tqdm(total=steps, unit="step", desc=name, mininterval=1)
+
+    # ---- the loop: an optimizer step a turn
     for epoch in range(args.epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(ids))
+        order = np.random.default_rng([seed, epoch]).permutation(len(train_ids))
         for position in range(0, len(order), args.batch_size):
-            model.train()
             began = time.perf_counter()
-            chosen = sorted(order[position:position + args.batch_size], key=lambda i: len(ids[i]))
-            tokens, lengths = data.pack([ids[i] for i in chosen], compute.device)
+            model.train()
+
+            # learning rate: it rises for half an epoch
+            lr = set_learning_rate(optimizer, args.lr, updates, steps, steps_per_epoch // 2)
+
+            # forward and backward
+            indices = sorted(order[position:position + args.batch_size], key=lambda i: len(train_ids[i]))
+            tokens, lengths = data.pack([train_ids[i] for i in indices], compute.device)
+            shares = device.to_device(targets[indices], compute.device)  # (B, 3)
             with compute.autocast():
                 logits = model.classify(tokens, lengths)  # (B, 3)
-            shares = device.to_device(targets[chosen], compute.device)  # (B, 3)
-            loss = F.cross_entropy(logits.float(), shares, weight=class_weights, label_smoothing=args.label_smoothing)
+                loss = F.cross_entropy(logits.float(), shares, weight=class_weights,
+                                       label_smoothing=args.label_smoothing)
             scaler.scale(loss).backward()
+
+            # clip, check, step; fp16 skips the step where the scaled gradients overflowed
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            lr = schedule.get_last_lr()[0]
+            step_loss, grad_norm = torch.stack([loss.detach(), grad_norm]).tolist()
+            finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
+            if not finite and not (scaler.is_enabled() and math.isfinite(step_loss)):
+                raise InputError(f"loss {step_loss}, gradient norm {grad_norm} at step {step + 1}: lower "
+                                 "--lr, or use --dtype fp32")
             scaler.step(optimizer)
             scaler.update()
-            schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            value, grad_norm = torch.stack([loss.detach(), grad_norm]).tolist()
-            bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
+            step += 1
+            updates += finite
+
+            # metrics
+            bar.set_postfix_str(f"loss {step_loss:.3f}", refresh=False)
             bar.update()
             if log:
-                step = epoch * steps_per_epoch + position // args.batch_size + 1
-                log.write(json.dumps({"seed": seed, "step": step, "loss": value, "lr": lr, "grad_norm": grad_norm, "examples": len(chosen),
-                                      "tokens": len(tokens), "seconds": round(time.perf_counter() - began, 4)}) + "\n")
-        logits = annotate.class_logits(model, held_out, compute)
-        nll = F.cross_entropy(logits, labels).item()
-        if nll < best:
-            best, best_epoch = nll, epoch
-            kept = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}, logits
+                log.write(json.dumps({
+                    "seed": seed, "step": step, "loss": step_loss, "lr": lr,
+                    "grad_norm": grad_norm if finite else None,
+                    "examples": len(indices), "tokens": len(tokens),
+                    "seconds": round(time.perf_counter() - began, 4)}) + "\n")
+
+        # validation: keep the best epoch, and stop where none was better for a while
+        logits = annotate.class_logits(model, validation_ids, compute)
+        nll = F.cross_entropy(logits, validation_labels).item()
+        if nll < best_nll:
+            best_nll = nll
+            best_epoch = epoch
+            best_logits = logits
+            best_state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         elif epoch - best_epoch >= args.patience:
             break
     bar.close()
-    if kept is None:
+    if best_nll == math.inf:
         raise InputError("the validation loss was never finite: lower --lr")
-    model.load_state_dict(kept[0])
-    temperature = fit_temperature(kept[1], labels)
-    print(f"{label}: best epoch {best_epoch + 1} of {epoch + 1}, validation NLL {best:.4f}, temperature {temperature:.3f}")
-    return model.eval(), tokenizer, kept[1], temperature
 
-
-def predict(args, compute, model, tokenizer, pairs, preprocess):
-    """(n, 3) logits of the pairs' complaints."""
-    ids, _ = annotate.encode_complaints(tokenizer, [p.complaint for p in pairs], preprocess=preprocess,
-                                        max_length=min(args.max_length, model.config.context))
-    return annotate.class_logits(model, ids, compute)
+    # ---- the best epoch, calibrated
+    model.load_state_dict(best_state)
+    temperature = fit_temperature(best_logits, validation_labels)
+    print(f"{name}: best epoch {best_epoch + 1} of {epoch + 1}, validation NLL {best_nll:.4f}, temperature "
+          f"{temperature:.3f}")
+    return Fitted(model.eval(), tokenizer, best_logits, temperature)
 
 
 def baselines(train, validation, scored):
-    """{name: logits on `scored`} of the majority class and of a linear model, calibrated on `validation` as the encoder is."""
+    """{name: logits on `scored`} of the majority class and of a linear model, calibrated on `validation`."""
     complaints, targets = soft_targets(train)
-    held_out, linear = baseline.linear_logits(complaints, targets, [[p.complaint for p in pairs] for pairs in (validation, scored)])
-    temperature = fit_temperature(held_out, torch.tensor([p.severity for p in validation]))
-    return {"majority class": baseline.majority_logits(targets, len(scored)), "linear on n-grams": linear,
-            "linear on n-grams, calibrated": linear / temperature}
+    texts = [[pair.complaint for pair in pairs] for pairs in (validation, scored)]
+    validation_logits, logits = baseline.linear_logits(complaints, targets, texts)
+    temperature = fit_temperature(validation_logits, labels_of(validation))
+    return {"majority class": baseline.majority_logits(targets, len(scored)), "linear on n-grams": logits,
+            "linear on n-grams, calibrated": logits / temperature}
 
+
+# --- out of fold --------------------------------------------------------------------------------------------
 
 def make_folds(pairs, folds):
     """A list of (train, validation, scored), by complaint, so that none stands on two sides."""
     parts = []
     for fold in range(folds):
-        scored = [p for p in pairs if int(hash_fraction(p.complaint, "fold") * folds) == fold]
-        others = [p for p in pairs if int(hash_fraction(p.complaint, "fold") * folds) != fold]
-        validation = [p for p in others if hash_fraction(p.complaint, "inner") < 0.125]
-        train = [p for p in others if hash_fraction(p.complaint, "inner") >= 0.125]
+        train = []
+        validation = []
+        scored = []
+        for pair in pairs:
+            if int(data.hash_fraction(pair.complaint, "fold") * folds) == fold:
+                scored.append(pair)
+            elif data.hash_fraction(pair.complaint, "inner") < 0.125:
+                validation.append(pair)
+            else:
+                train.append(pair)
         if not (scored and train and validation):
             raise InputError(f"--folds {folds} leaves a fold of {len(pairs)} rows empty: use fewer")
         parts.append((train, validation, scored))
@@ -184,100 +252,137 @@ def make_folds(pairs, folds):
 
 
 def out_of_fold(args, compute, pairs, preprocess):
-    """`pairs` in the order of their folds, and {name: logits} from models that have not seen them, encoder and baselines."""
-    ordered, parts = [], defaultdict(list)
+    """`pairs` by fold, and {name: logits} of models that have not seen them, baselines too."""
+    ordered = []
+    parts = defaultdict(list)
     for fold, (train, validation, scored) in enumerate(make_folds(pairs, args.folds)):
-        label = f"fold {fold + 1}/{args.folds}"
-        model, tokenizer, _, temperature = fit(args, compute, train, validation, preprocess, args.seed[0], label=label)
-        logits = predict(args, compute, model, tokenizer, scored, preprocess)
-        by_name = {args.ckpt: logits, f"{args.ckpt}, calibrated": logits / temperature} | baselines(train, validation, scored)
-        for name, z in by_name.items():
-            parts[name].append(z)
+        name = f"fold {fold + 1}/{args.folds}"
+        fitted = fit(args, compute, train, validation, preprocess, args.seed[0], name=name)
+        ids, _ = encode(fitted.model, fitted.tokenizer, [pair.complaint for pair in scored], args, preprocess)
+        logits = annotate.class_logits(fitted.model, ids, compute)
+        parts[args.ckpt].append(logits)
+        parts[f"{args.ckpt}, calibrated"].append(logits / fitted.temperature)
+        for baseline_name, baseline_logits in baselines(train, validation, scored).items():
+            parts[baseline_name].append(baseline_logits)
         ordered += scored
-    return ordered, {name: torch.cat(z) for name, z in parts.items()}
+    return ordered, {name: torch.cat(logits) for name, logits in parts.items()}
 
+
+# --- the script ---------------------------------------------------------------------------------------------
 
 @report_errors
 def main():
     args = parse_arguments()
+    annotate_only = bool(args.annotate) and not args.data
     if args.annotate:  # what would fail should fail before hours of training
         annotate.check_target(args.to)
-        file_fingerprint(args.annotate)
-    annotate_only = bool(args.annotate) and not args.data
+        data.file_fingerprint(args.annotate)
     if annotate_only and not (Path(args.ckpt) / "classifier.json").is_file():
-        raise InputError(f"{args.ckpt} is no finished run of this script, so it cannot annotate: give one, or --data to train one first")
+        raise InputError(f"{args.ckpt} is no finished run of this script, so it cannot annotate: give one, "
+                         "or --data to train one first")
     compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
     print(compute)
     run = Path(args.ckpt) if annotate_only else train_and_save(args, compute)
     if args.annotate:
         classifier = annotate.Classifier.load(run, compute)
-        annotate.annotate_table(classifier, args.annotate, args.to, tables.parse_columns(args.columns) if annotate_only else {}, compute)
+        columns = tables.parse_columns(args.columns) if annotate_only else {}
+        annotate.annotate_table(classifier, args.annotate, args.to, columns, compute)
 
 
 def train_and_save(args, compute):
-    run = checkpoint.new_run(args.out, "classifier", False)
+    """Trains, scores, and writes the run folder; returns its path."""
+    # ---- data
+    run = checkpoint.new_run(args.out, "classifier", resume=False)
     table = args.data or tables.SAMPLE
-    pairs = tables.read_pairs(table, needed=("complaint", "severity"), columns=tables.parse_columns(args.columns))
-    sides = split_pairs(pairs)
-    train, validation = sides["train"], sides["validation"]
-    print(f"{len(train):,} rows to train on, {len(validation):,} to validate on, {len(sides['test']):,} kept aside")
-    if conflicts := int((soft_targets(pairs)[1].max(-1).values < 1).sum()):
+    pairs = tables.read_pairs(table, needed=("complaint", "severity"),
+                              columns=tables.parse_columns(args.columns))
+    sides = data.split_pairs(pairs)
+    train = sides["train"]
+    validation = sides["validation"]
+    print(f"{len(train):,} rows to train on, {len(validation):,} to validate on, {len(sides['test']):,} "
+          "kept for evaluate.py")
+    conflicts = int((soft_targets(pairs)[1].max(-1).values < 1).sum())
+    if conflicts:
         print(f"  {conflicts:,} complaints occur with different labels; their shares are the target")
     if not train or not validation:
         raise InputError(f"{table} has too few complaints to train and validate on")
-    before, known = Path(args.ckpt) / "classifier.json", {complaint_id(p.complaint) for p in train + validation}
-    trained_on = set(hub.read_json(before)["trained_on"]) if before.is_file() else set()
-    if args.folds:
-        make_folds(train + validation, args.folds)  # refuses what cannot be split
-        if trained_on & known:
-            raise InputError(f"{args.ckpt} was trained on these complaints: --folds would score what it has seen; use another --ckpt")
-    start(args, [p.complaint for p in train], args.seed[0])  # refuses a checkpoint that does not fit, before anything is written
-    raw = {} if args.ckpt == "tiny" else hub.read_json(hub.local_folder(args.ckpt) / "config.json")
-    preprocess = data.choose_preprocess(args.preprocess, args.ckpt, raw)
-    print(f"{args.ckpt}: preprocessing {preprocess}")
-    checkpoint.write_run_json(run, "train_classifier.py", vars(args), preprocess=preprocess, max_length=args.max_length,
-                              compute=str(compute), data_fingerprint=str(Fingerprint(pairs)))
 
-    # One model a seed; the best on validation stays
-    labels, best = torch.tensor([p.severity for p in validation]), None
-    by_seed = []
+    # ---- what would fail should fail before anything is written
+    known = {data.complaint_id(pair.complaint) for pair in train + validation}
+    trained_on = set()
+    if (Path(args.ckpt) / "classifier.json").is_file():
+        trained_on = set(hub.read_json(Path(args.ckpt) / "classifier.json")["trained_on"])
+    if args.folds:
+        make_folds(train + validation, args.folds)
+        if trained_on & known:
+            raise InputError(f"{args.ckpt} was trained on these complaints: --folds would score what it has "
+                             "seen; use another --ckpt")
+    model, _ = make_model(args, [pair.complaint for pair in train], args.seed[0])
+    preprocess = data.choose_preprocess(args.preprocess, args.ckpt, model.raw_config)
+    print(f"{args.ckpt}: preprocessing {preprocess}")
+    checkpoint.write_run_json(
+        run, "train_classifier.py", vars(args), preprocess=preprocess, max_length=args.max_length,
+        compute=str(compute), data_fingerprint=str(data.Fingerprint(pairs)))
+
+    # ---- one model a seed; the best on validation stays
+    best = None
+    best_nll = math.inf
+    scores_by_seed = {}
     with open(run / "metrics.jsonl", "w", encoding="utf-8") as log:
         for seed in args.seed:
-            fitted = fit(args, compute, train, validation, preprocess, seed, label=f"seed {seed}", log=log)
-            by_seed.append(scores(fitted[2] / fitted[3], labels))
-            if best is None or by_seed[-1]["nll"] < min(s["nll"] for s in by_seed[:-1]):
+            fitted = fit(args, compute, train, validation, preprocess, seed, name=f"seed {seed}", log=log)
+            scores_by_seed[seed] = scores(fitted.logits / fitted.temperature, labels_of(validation))
+            if scores_by_seed[seed]["nll"] < best_nll:
                 best = fitted
-    model, tokenizer, logits, temperature = best
-    model.raw_config["sevloss"] = {"preprocess": preprocess}
-    save_model(model, tokenizer, run)
+                best_nll = scores_by_seed[seed]["nll"]
+    best.model.raw_config["sevloss"] = {"preprocess": preprocess}
+    save_model(best.model, best.tokenizer, run)
     if len(args.seed) > 1:
-        spread = {k: torch.tensor([s[k] for s in by_seed]) for k in report.SCORE_NAMES}
-        print(f"{len(args.seed)} seeds, calibrated, on validation: " + ", ".join(
-            f"{report.SCORE_NAMES[k]} {v.mean():.4f} (sd {v.std():.4f})" for k, v in spread.items()))
+        print_seeds(scores_by_seed)
 
-    # Scores: out of fold where asked for, else on the validation rows that also chose the epoch and the temperature
+    # ---- scores: out of fold where asked for, else on the validation rows that also chose the epoch and
+    # temperature
     if args.folds:
-        scored, results = out_of_fold(args, compute, train + validation, preprocess)
-        basis = f"{len(scored):,} rows, each scored by a model that has not seen its complaint ({args.folds} folds)."
+        scored, logits = out_of_fold(args, compute, train + validation, preprocess)
+        basis = (f"{len(scored):,} rows, each scored by a model that has not seen its complaint "
+                 f"({args.folds} folds).")
     else:
-        scored, results = validation, {args.ckpt: logits, f"{args.ckpt}, calibrated": logits / temperature}
-        results |= baselines(train, validation, validation)
-        basis = f"{len(scored):,} validation rows, which also chose the epoch and the temperature: --folds 5 gives honest figures."
-    calibrated, labels = results[f"{args.ckpt}, calibrated"], torch.tensor([p.severity for p in scored])
-    unseen = dict(zip((complaint_id(p.complaint) for p in scored), calibrated.softmax(-1).tolist())) if args.folds else {}
+        scored = validation
+        logits = {args.ckpt: best.logits, f"{args.ckpt}, calibrated": best.logits / best.temperature}
+        logits |= baselines(train, validation, validation)
+        basis = (f"{len(scored):,} validation rows, which also chose the epoch and the temperature: --folds "
+                 "5 gives honest figures.")
+    labels = labels_of(scored)
+    calibrated = logits[f"{args.ckpt}, calibrated"]
+
+    # ---- the run folder: classifier.json makes it complete
+    out_of_fold_probabilities = {}
+    if args.folds:
+        ids = [data.complaint_id(pair.complaint) for pair in scored]
+        out_of_fold_probabilities = dict(zip(ids, calibrated.softmax(-1).tolist()))
     checkpoint.write_json(run / "classifier.json", {
-        "temperature": temperature, "scores": {name: scores(z, labels) for name, z in results.items()},
-        "seeds": dict(zip(map(str, args.seed), by_seed)), "out_of_fold": unseen,
-        "trained_on": sorted(trained_on | known)})
-    report.write_classifier_report(run, scored, results, encoder=args.ckpt, basis=basis)
+        "temperature": best.temperature, "scores": {name: scores(z, labels) for name, z in logits.items()},
+        "seeds": {str(seed): seed_scores for seed, seed_scores in scores_by_seed.items()},
+        "out_of_fold": out_of_fold_probabilities, "trained_on": sorted(trained_on | known),
+        "split_rule": data.SPLIT_RULE})
+    report.write_classifier_report(run, scored, logits, encoder=args.ckpt, basis=basis)
     print(f"\n{basis}\n")
-    print(terminal.table(["model", *report.SCORE_NAMES.values()], report.score_rows(results, labels)))
+    print(terminal.table(["model", *report.SCORE_NAMES.values()], report.score_rows(logits, labels)))
     confusion = confusion_matrix(calibrated.argmax(-1), labels).tolist()
     print("\nconfusion (rows: true class, columns: predicted)")
     print(terminal.table(["", *CLASSES], [[name, *row] for name, row in zip(CLASSES, confusion)]))
-    print(f"\nwrote {run} (model, report.md with pictures); peak memory {compute.peak_memory() / 2 ** 30:.2f} GiB")
+    print(f"\nwrote {run} (model, report.html); {compute.peak_memory()}")
     print(f"next: python finetune.py --classifier {run}")
     return run
+
+
+def print_seeds(scores_by_seed):
+    """Mean and standard deviation of each score over the seeds."""
+    parts = []
+    for key, name in report.SCORE_NAMES.items():
+        values = torch.tensor([seed_scores[key] for seed_scores in scores_by_seed.values()])
+        parts.append(f"{name} {values.mean():.4f} (sd {values.std():.4f})")
+    print(f"{len(scores_by_seed)} seeds, calibrated, on validation: {', '.join(parts)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""From a large table to the first optimizer step: finetune.py against `datasets` and a fast tokenizer of `transformers` in two processes.
+"""From a large table to the first optimizer step: finetune.py against `datasets` and `transformers`, 2 processes.
 
-    pip install datasets==5.2.0 transformers==5.23.0 pandas openpyxl
     python benchmarks/start.py [--data TABLE] [--rows 341218] [--repeat 3]
 
-A workbook of --rows rows is made first, of the complaints and responses of --data: drawn again and again, a word in thirty misspelt, so
-that new words keep coming as they do in real text. Processes are timed from their start, imports included, to the end of their first
-optimizer step, with a model so small that only reading and encoding count. Both encode prompt and response of four fifths of the rows.
-finetune.py also splits the rows by complaint, checks them, counts what is cut and saves the ids. The ids of the first rows must agree.
-"again" is finetune.py once more, which finds the encoded table in runs/cache. Peak memory is the sum over a side's processes.
+A workbook of --rows rows is made first, of the complaints and responses of --data: drawn again and again, a word in
+thirty misspelt, so that new words keep coming as they do in real text. Processes are timed from their start, imports
+included, to the end of their first optimizer step, with a model so small that only reading and encoding count. Both
+encode prompt and response of four fifths of the rows. finetune.py also splits the rows by complaint, checks them,
+counts what is cut and saves the ids. The ids of the first rows must agree. "again" is finetune.py once more, which
+finds the encoded table in runs/encoded. Peak memory is the sum over a side's processes.
 """
 
 import argparse
@@ -20,17 +20,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from turns import machine, need, print_row, ratio
+from turns import ROOT, machine, need, print_row, ratio
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from sevloss import data  # noqa: E402
-from sevloss.inputs import tables  # noqa: E402
-from sevloss.models import from_scratch, save_model  # noqa: E402
-from sevloss.models.tiny import tiny_gpt2  # noqa: E402
+from sevloss import data
+from sevloss.inputs import tables
+from sevloss.models import from_scratch, save_model
+from sevloss.models.tiny import tiny_gpt2
 
 COMPARED = 1000  # rows whose ids are compared
+FINETUNE = "--ckpt model --weighting none --max-steps 1 --dtype fp32 --data table.xlsx --out".split()
 OURS = f"""
 import os, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
@@ -59,65 +57,93 @@ rows = Dataset.from_pandas(frame.iloc[:len(frame) * 4 // 5], preserve_index=Fals
 rows = rows.map(encode, batched=True, num_proc=2, remove_columns=["Question", "Answer"], load_from_cache_file=False)
 model = AutoModelForCausalLM.from_pretrained(folder)
 optimizer = torch.optim.AdamW(model.parameters())
-pad = lambda name, fill: torch.nn.utils.rnn.pad_sequence([torch.tensor(r[name]) for r in rows.select(range(16))], True, fill)
-model(input_ids=pad("input_ids", eos), labels=pad("labels", -100)).loss.backward()
+def padded(name, value):
+    batch = [torch.tensor(row[name]) for row in rows.select(range(16))]
+    return torch.nn.utils.rnn.pad_sequence(batch, True, value)
+model(input_ids=padded("input_ids", eos), labels=padded("labels", -100)).loss.backward()
 optimizer.step()
 json.dump(rows[:int(compared)]["input_ids"], open("peer.json", "w"))
 """
 
 
-def write_table(pairs, rows, path):
-    """`rows` rows drawn from the pairs, a word in thirty with another end."""
-    from openpyxl import Workbook
-    chance, letters = random.Random(0), "ابتثجحخدذرزسشصضطظعغفقكلمنهوي"
+def misspelt(text, chance):
+    """A word in thirty with another end."""
+    words = text.split(" ")
+    for i, word in enumerate(words):
+        if len(word) > 1 and chance.random() < 1 / 30:
+            words[i] = word[:chance.randrange(1, len(word))] + "".join(chance.choices("ابتثجحخدرسشعفقكلمنهوي", k=3))
+    return " ".join(words)
 
-    def misspelt(text):
-        return " ".join(word if chance.random() > 1 / 30 or len(word) < 2 else
-                        word[:chance.randrange(1, len(word))] + "".join(chance.choices(letters, k=3)) for word in text.split(" "))
+
+def write_table(pairs, rows, path):
+    from openpyxl import Workbook
+    chance = random.Random(0)
     book = Workbook(write_only=True)
     sheet = book.create_sheet()
     sheet.append(["Question", "Answer"])
     for _ in range(rows):
-        sheet.append([misspelt(chance.choice(pairs).complaint), misspelt(chance.choice(pairs).response)])
+        complaint, response = chance.choice(pairs).complaint, chance.choice(pairs).response
+        sheet.append([misspelt(complaint, chance), misspelt(response, chance)])
     book.save(path)
 
 
-def tree(pid):
+def make_model(pairs, vocabulary, folder):
+    """A model so small that it does not count, with a tokenizer of the table's own words."""
+    words = folder / "words.xlsx"
+    write_table(pairs, 20_000, words)
+    pairs = tables.read_pairs(words, needed=("complaint", "response"))
+    texts = [pair.complaint for pair in pairs] + [pair.response for pair in pairs]
+    _, tokenizer = tiny_gpt2(texts, vocab_size=vocabulary)
+    model = from_scratch(dict(
+        model_type="gpt2", vocab_size=tokenizer.get_vocab_size(), n_positions=1024, n_embd=32, n_layer=1, n_head=2,
+        eos_token_id=tokenizer.token_to_id("<|endoftext|>")))
+    save_model(model, tokenizer, folder / "model")
+
+
+def descendants(pid):
     """The process and its children, theirs included."""
-    children = [int(c) for path in Path(f"/proc/{pid}/task").glob("*/children") for c in path.read_text().split()]
-    return [pid, *(p for child in children for p in tree(child))]
+    found = [pid]
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            found += descendants(int(child))
+    return found
 
 
-def timed(command, folder):
-    """(seconds, peak resident bytes of the process and its children together)"""
-    began, peak = time.perf_counter(), 0
+def resident_bytes(pid):
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+    except (OSError, IndexError):  # it has just ended
+        return 0
+
+
+def measure(folder, *command):
+    """-> seconds, peak resident bytes of the process and its children together"""
+    began = time.perf_counter()
+    peak = 0
     with open(folder / "output.txt", "w") as output:
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, stdout=output, stderr=output)
+        command = [sys.executable, *map(str, command)]
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)
         while process.poll() is None:
-            resident = 0
-            for pid in tree(process.pid):
-                try:
-                    resident += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
-                except (OSError, IndexError):
-                    continue  # it has just ended
-            peak = max(peak, resident)
+            peak = max(peak, sum(map(resident_bytes, descendants(process.pid))))
             time.sleep(0.05)
     if process.returncode:
-        sys.exit(f"{command[0]} failed:\n" + (folder / "output.txt").read_text()[-2000:])
+        sys.exit(f"{command[1]} failed:\n{(folder / 'output.txt').read_text()[-2000:]}")
     return time.perf_counter() - began, peak
 
 
-def check_ids(pairs, folder):
-    """Exits unless both sides encoded the first rows to the same ids; finetune.py has those of its training split alone."""
+def check_ids(folder):
+    """Exits unless both sides encoded the first rows alike; finetune.py has those of its training split alone."""
+    pairs = tables.read_pairs(folder / "table.xlsx", needed=("complaint", "response"))[:COMPARED]
     theirs = json.loads((folder / "peer.json").read_text())
-    (cache,) = (folder / "runs" / "cache").glob("*.npz")
-    with np.load(cache) as arrays:
-        ids, starts = arrays["ids"], arrays["starts"]
-    train = [i for i, pair in enumerate(pairs) if data.split_of(pair.complaint) == "train"]
-    for number, i in enumerate(train):
-        if ids[starts[number]:starts[number + 1]].tolist() != theirs[i]:
-            sys.exit(f"the ids of row {pairs[i].row} differ")
-    print(f"the ids of {len(train)} rows are the same on both sides")
+    (encoded,) = (folder / "runs" / "encoded").iterdir()
+    train = data.open_encoded(encoded).train
+    number = 0  # of the training example
+    for pair, ids in zip(pairs, theirs):
+        if data.split_of(pair.complaint) == "train":
+            if train.ids[train.starts[number]:train.starts[number + 1]].tolist() != ids:
+                sys.exit(f"the ids of row {pair.row} differ")
+            number += 1
+    print(f"the ids of {number} rows are the same on both sides")
 
 
 def main():
@@ -125,36 +151,33 @@ def main():
     parser.add_argument("--data", default=tables.SAMPLE)
     parser.add_argument("--rows", type=int, default=341_218)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=64_000)
     args = parser.parse_args()
     need("datasets", "transformers", "pandas", "openpyxl")
     pairs = tables.read_pairs(args.data, needed=("complaint", "response"))
+    ours, theirs, again = "sevloss", "datasets + transformers", "sevloss, again"
+    results = {ours: [], theirs: [], again: []}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_table(pairs, args.rows, folder / "table.xlsx")
-        write_table(pairs, 20_000, folder / "words.xlsx")
-        words = tables.read_pairs(folder / "words.xlsx", needed=("complaint", "response"))
-        _, tokenizer = tiny_gpt2([t for p in words for t in (p.complaint, p.response)], vocab_size=64_000)
-        save_model(from_scratch(dict(model_type="gpt2", vocab_size=tokenizer.get_vocab_size(), n_positions=1024, n_embd=32, n_layer=1,
-                                     n_head=2, eos_token_id=tokenizer.token_to_id("<|endoftext|>"))), tokenizer, folder / "model")
-        (folder / "peer.py").write_text(PEER, encoding="utf-8")
+        make_model(pairs, args.vocabulary, folder)
         (folder / "ours.py").write_text(OURS, encoding="utf-8")
-        ours = ["ours.py", *"--ckpt model --weighting none --max-steps 1 --dtype fp32 --data table.xlsx --out".split()]
-        results = {"sevloss": [], "datasets + transformers": [], "sevloss, again": []}
+        (folder / "peer.py").write_text(PEER, encoding="utf-8")
         for turn in range(args.repeat):
             shutil.rmtree(folder / "runs", ignore_errors=True)
-            results["sevloss"].append(timed([*ours, f"first-{turn}"], folder))
-            results["datasets + transformers"].append(timed(["peer.py", "table.xlsx", "model", COMPARED], folder))
-            results["sevloss, again"].append(timed([*ours, f"second-{turn}"], folder))
-        first = tables.iterate_pairs(folder / "table.xlsx", needed=("complaint", "response"), skipped=tables.Skipped())
-        check_ids([pair for pair, _ in zip(first, range(COMPARED))], folder)
-    print(f"{args.rows:,} rows, vocabulary {tokenizer.get_vocab_size():,}, {machine()}")
-    seconds = {name: [s for s, _ in values] for name, values in results.items()}
-    peaks = {name: max(peak for _, peak in values) / 2 ** 30 for name, values in results.items()}
-    for name in results:
-        print(f"{name:24} {min(seconds[name]):6.1f} to {max(seconds[name]):.1f} s, peak {peaks[name]:.2f} GiB")
+            results[ours].append(measure(folder, "ours.py", *FINETUNE, f"first-{turn}"))
+            results[theirs].append(measure(folder, "peer.py", "table.xlsx", "model", COMPARED))
+            results[again].append(measure(folder, "ours.py", *FINETUNE, f"second-{turn}"))
+        check_ids(folder)
+
+    print(f"{args.rows:,} rows, vocabulary {args.vocabulary:,}, {machine()}")
+    seconds = {side: [s for s, _ in values] for side, values in results.items()}
+    peaks = {side: max(peak for _, peak in values) / 2 ** 30 for side, values in results.items()}
+    for side in results:
+        print(f"{side:24} {min(seconds[side]):6.1f} to {max(seconds[side]):.1f} s, peak {peaks[side]:.2f} GiB")
     print_row(f"{args.rows:,} rows of `.xlsx` to the first step", "`datasets` + `transformers`, 2 processes",
-              f"{ratio(seconds['datasets + transformers'], seconds['sevloss'])} times as fast, {peaks['sevloss']:.1f} against "
-              f"{peaks['datasets + transformers']:.1f} GiB; {max(seconds['sevloss, again']):.1f} s the second time")
+              f"{ratio(seconds[theirs], seconds[ours])} times as fast, {peaks[ours]:.1f} against "
+              f"{peaks[theirs]:.1f} GiB; {max(seconds[again]):.1f} s the second time")
 
 
 if __name__ == "__main__":

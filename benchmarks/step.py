@@ -1,221 +1,246 @@
-"""A fine-tuning step against a plain loop around the model of `transformers` (with `peft` for LoRA): examples/s and peak memory.
+"""A fine-tuning step against a plain loop around the model of `transformers`: examples/s and peak memory.
 
-    python benchmarks/step.py [--model gpt2|qwen-lora] [--data TABLE] [--examples 16] [--steps 6] [--pad-to 512] [--allocator default|tuned]
+    python benchmarks/step.py [--model gpt2|qwen-lora] [--data TABLE] [--examples 16] [--steps 6] [--pad-to 512]
+                              [--dtype bf16|fp32] [--allocator default|tuned]
 
-gpt2: GPT-2's base shape with 64,000 words, all of it trained; qwen-lora: the shape of Qwen2.5-0.5B, LoRA of rank 16 on q_proj and
-v_proj, the base in bf16. Weights are random, dropout is 0, pairs are real, matrix products run in bf16 where the processor has it (and
-with --dtype bf16), else all is fp32. AdamW is fused on both sides. The peer pads each batch to its longest row, or to --pad-to tokens as
-the published notebooks do. Each side is a process of its own, and they take turns step by step; the losses of the first step must agree to
-0.5% (fp32: 1e-5). sevloss tells glibc by itself to keep freed memory (device.keep_freed_memory); --allocator tuned tells both processes,
-by environment variables, so that the peer gains as much.
+gpt2: GPT-2's base shape with 64,000 words, all of it trained; qwen-lora: the shape of Qwen2.5-0.5B, LoRA of rank 16
+on q_proj and v_proj (`peft` on the peer's side), the base in bf16. Weights are random, dropout is 0, pairs are real,
+matrix products run in bf16 where the processor has it, else all is fp32. AdamW is fused on both sides. The peer pads
+each batch to its longest row, or to --pad-to tokens as the published notebooks do. Each side is a process of its
+own, and they take turns step by step; the losses of the first step must agree to 0.5% (fp32: 1e-5). sevloss tells
+glibc by itself to keep freed memory (device.keep_freed_memory); --allocator tuned tells both processes, by
+environment variables, so that the peer gains as much.
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from turns import DTYPE, machine, need, print_row
+import turns
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sevloss import data, device  # noqa: E402
-from sevloss.inputs import tables  # noqa: E402
-from sevloss.loss import linear_weighted_token_ce, severity_weights  # noqa: E402
-from sevloss.models import FAMILIES, build, initial, load_model, load_tokenizer, lora, save_model  # noqa: E402
-from sevloss.models.tiny import tiny_gpt2  # noqa: E402
+from sevloss import data, device
+from sevloss.inputs import tables
+from sevloss.loss import linear_weighted_token_ce, severity_weights
+from sevloss.models import from_scratch, load_model, load_tokenizer, lora, save_model
+from sevloss.models.tiny import tiny_gpt2
 
-SHAPES = {
-    "gpt2": dict(model_type="gpt2", vocab_size=64_000, n_positions=1024, n_embd=768, n_layer=12, n_head=12,
-                 embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
-    "qwen-lora": dict(model_type="qwen2", vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-                      num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32768, rope_theta=1e6,
-                      tie_word_embeddings=True),
-}
-WARM_UP = 2  # steps that are not timed
+CONFIGS = {"gpt2": turns.gpt2_config, "qwen-lora": turns.qwen2_config}
+SHAPES = {"gpt2": "GPT-2 base shape", "qwen-lora": "Qwen2.5-0.5B shape, LoRA 16"}
+PEERS = {"gpt2": ("transformers",), "qwen-lora": ("transformers", "peft")}
 RANK, ALPHA, TARGETS = 16, 32.0, ["q_proj", "v_proj"]
+WARM_UP = 2  # steps that are not timed
+MICRO_TOKENS = 4096  # finetune.py's default
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
+def parameter_dtype(args):
+    """A frozen base is stored in the dtype it is computed in."""
+    return device.DTYPES[args.dtype] if args.model == "qwen-lora" else torch.float32
+
+
 def make_checkpoint(args, folder):
+    config = CONFIGS[args.model](**turns.size_of(args))
     pairs = tables.read_pairs(args.data, needed=("complaint", "response"))
-    _, tokenizer = tiny_gpt2([t for p in pairs for t in (data.PROMPT.format(complaint=p.complaint), p.response)], vocab_size=64_000)
-    shape = SHAPES[args.model] | {"eos_token_id": tokenizer.token_to_id("<|endoftext|>")}
+    texts = [data.PROMPT.format(complaint=pair.complaint) for pair in pairs] + [pair.response for pair in pairs]
+    _, tokenizer = tiny_gpt2(texts, vocab_size=min(64_000, config["vocab_size"]))
+    config["eos_token_id"] = tokenizer.token_to_id("<|endoftext|>")
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if args.model == "qwen-lora" and args.dtype == "bf16" else torch.float32
-    model = build(FAMILIES[shape["model_type"]], shape)
-    model.load_state_dict({name: initial(name, t.shape).to(dtype) for name, t in model.state_dict().items()}, assign=True)
-    save_model(model, tokenizer, folder)
+    save_model(from_scratch(config).to(parameter_dtype(args)), tokenizer, folder)
 
 
-def batches(args, tokenizer, eos):
-    """(list of Examples indices per step, Examples, weights)"""
-    pairs = [p for p in tables.read_pairs(args.data, needed=("complaint", "response"))]
-    examples = data.encode_pairs(pairs, tokenizer, max_length=512, eos_id=eos, preprocess="none")
-    weights = severity_weights(torch.tensor([p.probabilities or (0.2, 0.3, 0.5) for p in pairs]))
+def read_steps(args, tokenizer):
+    """-> (the examples' numbers, step by step; Examples; their severity weights (n,))"""
+    pairs = tables.read_pairs(args.data, needed=("complaint", "response"))
+    eos_id = tokenizer.token_to_id("<|endoftext|>")
+    examples = data.encode_pairs(pairs, tokenizer, max_length=512, eos_id=eos_id, preprocess="none")
+    probabilities = [pair.probabilities or (0.2, 0.3, 0.5) for pair in pairs]
+    weights = severity_weights(torch.tensor(probabilities)).numpy()
     order = np.random.default_rng(0).permutation(len(examples))
-    steps = [order[i * args.examples:(i + 1) * args.examples] for i in range(len(order) // args.examples)]
-    return steps, examples, weights
+    starts = range(0, len(order) - args.examples + 1, args.examples)
+    return [order[start:start + args.examples] for start in starts], examples, weights
+
+
+class Stopwatch:
+    """Seconds of the parts of a step."""
+
+    def __init__(self):
+        self.parts = Counter()
+        self.last = time.perf_counter()
+
+    def lap(self, part):
+        now = time.perf_counter()
+        self.parts[part] += now - self.last
+        self.last = now
 
 
 class Ours:
+    """The step of finetune.py."""
+
     def __init__(self, args, folder):
-        low = args.dtype == "bf16"
-        self.lora = args.model == "qwen-lora"
-        self.model = load_model(folder, dtype=torch.bfloat16 if self.lora and low else torch.float32).train()
-        if self.lora:
+        self.model = load_model(folder, dtype=parameter_dtype(args)).train()
+        if args.model == "qwen-lora":
             torch.manual_seed(1)
             lora.attach(self.model, RANK, alpha=ALPHA, targets=TARGETS)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
         self.compute = device.choose("cpu", args.dtype)
-        self.parts = dict.fromkeys(("data", "forward", "head and loss", "backward", "optimizer"), 0.0)
 
-    def step(self, examples, weights, chosen):
-        loss_of_step, began = 0.0, time.perf_counter()
-
-        def lap(part):
-            nonlocal began
-            now = time.perf_counter()
-            self.parts[part] += now - began
-            began = now
-        with self.compute.autocast():
-            for part in data.micro_batches(examples.input_lengths, chosen, 4096):
-                batch = data.make_batch(examples, part, weights=weights.numpy() / examples.target_counts)
-                lap("data")
-                hidden = self.model(batch.tokens, batch.lengths)
-                lap("forward")
-                loss = linear_weighted_token_ce(hidden[batch.supervised_index], self.model.head_weight, batch.targets, batch.weights,
-                                                denominator=len(chosen), ignore_index=None)
-                lap("head and loss")
-                with torch.autocast("cpu", enabled=False):
-                    loss.backward()
-                loss_of_step += loss.item()
-                lap("backward")
+    def step(self, examples, weights, indices):
+        """-> (loss, {part: seconds})"""
+        watch = Stopwatch()
+        loss_of_step = 0.0
+        token_weights = weights / examples.target_counts
+        for part in data.micro_batches(examples.input_lengths, indices, MICRO_TOKENS):
+            batch = data.make_batch(examples, part, weights=token_weights)
+            watch.lap("data")
+            with self.compute.autocast():
+                hidden = self.model(batch.tokens, batch.lengths)  # (N, D)
+                watch.lap("forward")
+                loss = linear_weighted_token_ce(
+                    hidden[batch.supervised_index], self.model.head_weight, batch.targets, batch.weights,
+                    denominator=len(indices), ignore_index=None)
+                watch.lap("head and loss")
+            loss.backward()
+            loss_of_step += loss.item()
+            watch.lap("backward")
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        lap("optimizer")
-        return loss_of_step
+        watch.lap("optimizer")
+        return loss_of_step, watch.parts
 
 
 class Peer:
+    """A plain loop: a padded batch, all its logits, cross_entropy."""
+
     def __init__(self, args, folder):
         from transformers import AutoModelForCausalLM
-        low = args.dtype == "bf16"
-        self.pad_to = args.pad_to
-        lora_run = args.model == "qwen-lora"
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if lora_run and low else torch.float32)
-        if lora_run:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=parameter_dtype(args))
+        if args.model == "qwen-lora":
             from peft import LoraConfig, get_peft_model
-            model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM"))
+            model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS,
+                                                     task_type="CAUSAL_LM"))
         self.model = model.train()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
-        self.dtype = device.DTYPES[args.dtype]
-        self.parts = {}
+        self.compute = device.choose("cpu", args.dtype)
+        self.pad_to = args.pad_to
 
-    def step(self, examples, weights, chosen):
-        rows = [torch.from_numpy(examples.ids[examples.starts[i]:examples.starts[i + 1]].astype(np.int64)) for i in chosen]
-        longest = self.pad_to or max(map(len, rows))
-        ids = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
-        mask = torch.stack([F.pad(torch.ones_like(row), (0, longest - len(row))) for row in rows])
-        labels = torch.stack([F.pad(row, (0, longest - len(row)), value=-100) for row in rows])
-        labels[torch.arange(longest) < torch.from_numpy(examples.first_target[chosen])[:, None]] = -100
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")  # (B, T - 1)
-        loss = (nll.sum(1) * weights[chosen] / torch.from_numpy(examples.target_counts[chosen])).mean()
+    def step(self, examples, weights, indices):
+        rows = [examples.ids[examples.starts[i]:examples.starts[i + 1]].astype(np.int64) for i in indices]
+        longest = max(self.pad_to, *map(len, rows))
+        ids = torch.stack([F.pad(torch.from_numpy(row), (0, longest - len(row))) for row in rows])  # (B, T)
+        positions = torch.arange(longest)
+        mask = positions < torch.tensor([len(row) for row in rows])[:, None]
+        prompt = positions < torch.from_numpy(examples.first_target[indices])[:, None]
+        labels = ids.masked_fill(prompt | ~mask, -100)
+        with self.compute.autocast():
+            logits = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+            nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+        token_weights = weights[indices] / examples.target_counts[indices]
+        loss = (nll.sum(1) * torch.from_numpy(token_weights).float()).mean()  # nll is (B, T - 1)
         loss.backward()
-        value = loss.item()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return value
+        return loss.item(), {}
 
 
-def work(args, folder):
+def work(args):
     """One side, in a process of its own: a step for every line of standard input."""
-    tokenizer = load_tokenizer(folder)
-    steps, examples, weights = batches(args, tokenizer, tokenizer.token_to_id("<|endoftext|>"))
-    side = (Ours if args.side == "sevloss" else Peer)(args, folder)
+    tokenizer = load_tokenizer(args.folder)
+    steps, examples, weights = read_steps(args, tokenizer)
+    side = Ours(args, args.folder) if args.side == "sevloss" else Peer(args, args.folder)
     print(json.dumps("ready"), file=sys.__stdout__, flush=True)
     for line in sys.stdin:
-        chosen = steps[int(line) % len(steps)]
+        indices = steps[int(line) % len(steps)]
         began = time.perf_counter()
-        loss = side.step(examples, weights, chosen)
-        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss, "tokens": int(examples.input_lengths[chosen].sum()),
-                          "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "parts": side.parts}),
-              file=sys.__stdout__, flush=True)
+        loss, parts = side.step(examples, weights, indices)
+        seconds = time.perf_counter() - began
+        result = {"seconds": seconds, "loss": loss, "parts": parts, "peak": turns.memory()["VmHWM"],
+                  "tokens": int(examples.input_lengths[indices].sum())}
+        print(json.dumps(result), file=sys.__stdout__, flush=True)
 
 
-def answer(side, process):
-    if line := process.stdout.readline():
-        return json.loads(line)
-    sys.exit(f"{side} ended with code {process.wait()}{': killed, for want of memory?' if process.returncode == -9 else ''}")
+def read_answer(side, process):
+    line = process.stdout.readline()
+    if not line:
+        code = process.wait()
+        sys.exit(f"{side} ended with code {code}{': killed, for want of memory?' if code == -9 else ''}")
+    return json.loads(line)
+
+
+def measure(folder, steps):
+    """Both sides in turn, step by step -> {side: [result of each step]}"""
+    processes = {}
+    for side in ("sevloss", "transformers"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
+        processes[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for side, process in processes.items():
+        read_answer(side, process)  # it is ready
+    results = {side: [] for side in processes}
+    for step in range(steps):
+        for side, process in processes.items():
+            print(step, file=process.stdin, flush=True)
+            results[side].append(read_answer(side, process))
+    for process in processes.values():
+        process.communicate()
+    return results
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="gpt2")
+    parser.add_argument("--model", choices=CONFIGS, default="gpt2")
     parser.add_argument("--data", default=tables.SAMPLE)
     parser.add_argument("--examples", type=int, default=16, help="per step")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--pad-to", type=int, default=0, help="tokens; 0: to the longest row of the batch")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=DTYPE)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=turns.DTYPE)
     parser.add_argument("--allocator", choices=("default", "tuned"), default="default")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    turns.add_size_arguments(parser)
     args = parser.parse_args()
     if args.side:
         with redirect_stdout(sys.stderr):  # what is printed about the table is not for the parent
-            return work(args, args.folder)
-    need("transformers", *(["peft"] if args.model == "qwen-lora" else []))
-
+            return work(args)
+    turns.need(*PEERS[args.model])
+    if args.allocator == "tuned":
+        os.environ.update(TUNED)
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(args, folder)
-        os.environ.update(TUNED if args.allocator == "tuned" else {})
-        sides = {side: subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-                 for side in ("sevloss", "transformers")}
-        results = {side: [] for side in sides}
-        for side, process in sides.items():
-            answer(side, process)
-        for step in range(WARM_UP + args.steps):
-            for side, process in sides.items():
-                process.stdin.write(f"{step}\n")
-                process.stdin.flush()
-                results[side].append(answer(side, process))
-        for process in sides.values():
-            process.stdin.close()
-            process.wait()
+        results = measure(folder, WARM_UP + args.steps)
+
     ours, theirs = results["sevloss"], results["transformers"]
-    difference = abs(ours[0]["loss"] - theirs[0]["loss"]) / theirs[0]["loss"]
-    if difference > (0.005 if args.dtype == "bf16" else 1e-5):
-        sys.exit(f"the losses of the first step differ: {ours[0]['loss']:.5f} and {theirs[0]['loss']:.5f}")
-    timed = {side: [r["seconds"] for r in steps[WARM_UP:]] for side, steps in results.items()}
-    ratios = [b / a for a, b in zip(*timed.values())]
-    print(f"{args.model}, {args.examples} examples a step of {statistics.mean(r['tokens'] for r in ours):,.0f} tokens, "
-          f"{args.dtype}, {machine()}; losses of the first step {ours[0]['loss']:.5f} and {theirs[0]['loss']:.5f}")
-    for side, steps in results.items():
-        speed = args.examples * args.steps / sum(timed[side])
-        print(f"{side:13} {speed:6.2f} examples/s, peak {steps[-1]['peak'] / 2 ** 30:5.2f} GiB")
-    spent = {part: ours[-1]["parts"][part] - ours[WARM_UP - 1]["parts"][part] for part in ours[0]["parts"]}
-    print("a step of sevloss: " + ", ".join(f"{part} {seconds / sum(spent.values()):.0%}" for part, seconds in spent.items()))
-    shape = {"gpt2": "GPT-2 base shape", "qwen-lora": "Qwen2.5-0.5B shape, LoRA 16"}[args.model]
-    print_row(f"step, {shape}, {args.examples} pairs, {args.dtype}, {args.allocator} allocator",
-              f"`transformers`{' + `peft`' if args.model == 'qwen-lora' else ''}, padded to {args.pad_to or 'the longest'}",
-              f"{sum(timed['transformers']) / sum(timed['sevloss']):.1f} ({min(ratios):.1f} to {max(ratios):.1f} by step) times the "
-              f"examples/s, {ours[-1]['peak'] / theirs[-1]['peak']:.2f} of the peak memory")
+    first, other = ours[0]["loss"], theirs[0]["loss"]
+    if abs(first - other) / other > (0.005 if args.dtype == "bf16" else 1e-5):
+        sys.exit(f"the losses of the first step differ: {first:.5f} and {other:.5f}")
+    print(f"{args.model}, {args.examples} examples a step of {statistics.mean(r['tokens'] for r in ours):,.0f} "
+          f"tokens, {args.dtype}, {turns.machine()}; losses of the first step {first:.5f} and {other:.5f}")
+    seconds = {side: [r["seconds"] for r in steps[WARM_UP:]] for side, steps in results.items()}
+    peaks = {side: steps[-1]["peak"] for side, steps in results.items()}
+    for side in results:
+        speed = args.examples * args.steps / sum(seconds[side])
+        print(f"{side:13} {speed:6.2f} examples/s, peak {peaks[side] / 2 ** 30:5.2f} GiB")
+    parts = sum((Counter(r["parts"]) for r in ours[WARM_UP:]), Counter())
+    shares = [f"{part} {spent / parts.total():.0%}" for part, spent in parts.items()]
+    print("a step of sevloss: " + ", ".join(shares))
+    ratios = [b / a for a, b in zip(seconds["sevloss"], seconds["transformers"])]
+    turns.print_row(f"step, {SHAPES[args.model]}, {args.examples} pairs, {args.dtype}, {args.allocator} allocator",
+              f"`{'` + `'.join(PEERS[args.model])}`, padded to {args.pad_to or 'the longest'}",
+              f"{sum(seconds['transformers']) / sum(seconds['sevloss']):.1f} ({min(ratios):.1f} to "
+              f"{max(ratios):.1f} by step) times the examples/s, "
+              f"{peaks['sevloss'] / peaks['transformers']:.2f} of the peak memory")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: both sides in turn, the ratio with its spread, and a row for the README's table."""
+"""What the benchmarks share: sides that take turns, the ratio with its spread, a row for docs/speed.md."""
 
 import os
 import statistics
@@ -9,56 +9,103 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # every benchmark imports this file before it imports sevloss
 from sevloss.device import cpu_has_bf16  # noqa: E402
 
 DTYPE = "bf16" if cpu_has_bf16() else "fp32"  # what is measured unless --dtype says otherwise
-PEERS = {"transformers": "transformers==5.23.0", "peft": "peft==0.21.2", "datasets": "datasets==5.2.0", "pandas": "pandas",
-         "bert_score": "bert-score==0.3.13", "openpyxl": "openpyxl"}
 
 
 def need(*packages):
     """Exits with 1 and what to install where a package to compare with is missing."""
-    if missing := [PEERS[package] for package in packages if not find_spec(package)]:
-        sys.exit(f"a package to compare with is missing: pip install {' '.join(missing)}")
+    missing = [package for package in packages if not find_spec(package)]
+    if missing:
+        sys.exit(f"to compare with, install {', '.join(missing)}: pip install -r requirements-dev.txt")
 
+
+# ------------------------------------------------------------------ models with random weights
+
+def add_size_arguments(parser):
+    """Other sizes than those that are measured, with which the tests run each benchmark in seconds."""
+    for name in ("--layers", "--width", "--vocabulary"):
+        parser.add_argument(name, type=int, help="of the model, in place of its own")
+
+
+def size_of(args):
+    """The sizes that were given."""
+    sizes = {name: getattr(args, name) for name in ("layers", "width", "vocabulary")}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def gpt2_config(layers=12, width=768, vocabulary=64_000):
+    """config.json in the shape of GPT-2 base; heads are 64 wide here as in all of them."""
+    return dict(model_type="gpt2", vocab_size=vocabulary, n_positions=1024, n_embd=width, n_layer=layers,
+                n_head=width // 64, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+                bos_token_id=0, eos_token_id=0)
+
+
+def bert_config(layers=12, width=768, vocabulary=64_000):
+    return dict(model_type="bert", vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers,
+                num_attention_heads=width // 64, intermediate_size=4 * width)
+
+
+def qwen2_config(layers=24, width=896, vocabulary=151_936):
+    """The shape of Qwen2.5-0.5B."""
+    return dict(model_type="qwen2", vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers,
+                intermediate_size=4864 * width // 896, num_attention_heads=width // 64,
+                num_key_value_heads=max(1, width // 448), max_position_embeddings=32768, rope_theta=1e6,
+                tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
+
+
+# ------------------------------------------------------------------ time and memory
 
 def take_turns(sides, repeat):
-    """sides: {name: function}. Calls each once untimed, then `repeat` rounds of all -> ({name: seconds of each round}, {name: result})."""
-    seconds, results = {name: [] for name in sides}, {}
+    """Calls each side once untimed, then all of them in turn, `repeat` times.
+
+    sides: {name: function} -> ({name: seconds of each round}, {name: result})
+    """
+    seconds = {name: [] for name in sides}
+    results = {}
     for turn in range(repeat + 1):
-        for name, run in sides.items():
+        for name, function in sides.items():
             began = time.perf_counter()
-            results[name] = run()
-            if turn:
+            results[name] = function()
+            if turn > 0:
                 seconds[name].append(time.perf_counter() - began)
     return seconds, results
 
 
 def ratio(seconds, to):
-    """Seconds of each round of two sides -> "median (least to most)" of the ratio, round by round."""
+    """Seconds of each round of two sides -> "median (least to most)" of the ratio of each round."""
     ratios = [a / b for a, b in zip(seconds, to)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def machine():
-    """Threads, processor, allocator and version, which are the same for both sides."""
-    tuned = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))]
-    return (f"{torch.get_num_threads()} threads, bf16 {'in hardware' if cpu_has_bf16() else 'emulated'}, "
-            f"allocator {' '.join(tuned) or 'default'}, torch {torch.__version__}")
-
-
 def memory(process="self"):
     """Bytes: VmRSS, its parts RssAnon and RssFile, and VmHWM, the largest VmRSS since reset_peak() (Linux)."""
-    lines = (line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("VmRSS:", "VmHWM:", "RssAnon:", "RssFile:")}
+    found = {}
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in ("VmRSS", "VmHWM", "RssAnon", "RssFile"):
+            found[name] = int(value.split()[0]) * 1024
+    return found
 
 
 def reset_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
+# ------------------------------------------------------------------ what is printed
+
+def machine():
+    """Threads, processor, allocator and version, which are the same for both sides."""
+    tuned = [f"{name}={value}" for name, value in os.environ.items()
+             if name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))]
+    return (f"{torch.get_num_threads()} threads, bf16 {'in hardware' if cpu_has_bf16() else 'emulated'}, "
+            f"allocator {' '.join(tuned) or 'default'}, torch {torch.__version__}")
+
+
 def print_row(work, peer, result):
-    """The row of the README's table."""
-    words = [os.path.relpath(sys.argv[0], Path(__file__).resolve().parent.parent), *sys.argv[1:]]
-    print(f"| {work} | {peer} | {result} | `{' '.join(words)}` |")
+    """A row of the table in docs/speed.md, with the command that makes it again."""
+    command = [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
+    print(f"| {work} | {peer} | {result} | `{' '.join(command)}` |")

@@ -24,8 +24,9 @@ class ToyModel(nn.Module):
     """(B, T) ids -> (B, T, V) logits. Any module that does this will do."""
     def __init__(self, vocabulary=256, width=64):
         super().__init__()
-        self.embedding, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
+        self.embedding = nn.Embedding(vocabulary, width)
         self.gru = nn.GRU(width, width, batch_first=True)
+        self.head = nn.Linear(width, vocabulary)
 
     def forward(self, ids):
         return self.head(self.gru(self.embedding(ids))[0])
@@ -33,24 +34,29 @@ class ToyModel(nn.Module):
 
 def encode(complaint, response, probabilities):
     """-> ids (T,), labels (T,) with -100 over the prompt, weight (). The tokens are bytes here."""
-    prompt, answer = list(f"{complaint}\n".encode()), [*response.encode(), EOS]
-    return torch.tensor(prompt + answer), torch.tensor([-100] * len(prompt) + answer), severity_weights(probabilities)
+    prompt = list(f"{complaint}\n".encode())
+    answer = [*response.encode(), EOS]
+    ids, labels = prompt + answer, [-100] * len(prompt) + answer
+    return torch.tensor(ids), torch.tensor(labels), severity_weights(probabilities)
 
 
 def collate(examples):
     """-> ids (B, T), labels (B, T), weights (B,), padded on the right."""
     ids, labels, weights = zip(*examples)
-    return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=-100), torch.stack(weights)
+    ids = pad_sequence(ids, batch_first=True)
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+    return ids, labels, torch.stack(weights)
 
 
 def train_step(model, optimizer, micro_batches):
     """One optimizer step on a list of collated micro-batches -> its loss, however they were cut."""
-    examples = sum(len(labels) for _, labels, _ in micro_batches)  # of the whole step, counted before the first forward pass
+    examples = sum(len(labels) for _, labels, _ in micro_batches)  # of the whole step
     total = 0.0
     for ids, labels, weights in micro_batches:
         targets = labels[:, 1:]  # position t is scored on token t + 1
         lengths = (targets != -100).sum(1).clamp(min=1)  # the paper's L
-        # For a mean over tokens: `weights` alone, and the denominator is the sum of (labels[:, 1:] != -100).sum() over micro_batches.
+        # For a mean over tokens: `weights` alone, and as denominator the sum of (labels[:, 1:] != -100).sum()
+        # over micro_batches.
         loss = weighted_token_ce(model(ids)[:, :-1], targets, weights / lengths, denominator=examples)
         loss.backward()  # gradients add up
         total += loss.item()
@@ -61,11 +67,13 @@ def train_step(model, optimizer, micro_batches):
 
 def main(steps=40):
     torch.manual_seed(0)
-    model, data = ToyModel(), [encode(*row) for row in ROWS]
+    model = ToyModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    examples = [encode(*row) for row in ROWS]
+    micro_batches = [collate(examples[i:i + 2]) for i in range(0, len(examples), 2)]
     losses = []
     for step in range(steps):
-        losses.append(train_step(model, optimizer, [collate(data[i:i + 2]) for i in range(0, len(data), 2)]))
+        losses.append(train_step(model, optimizer, micro_batches))
         if (step + 1) % 10 == 0:
             print(f"step {step + 1}: loss {losses[-1]:.3f}")
     return losses

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-# Every ragged batch has shapes of its own, and oneDNN keeps what it prepared for each of the last 1,024: hundreds of megabytes. A step
-# needs about 150, each of them in every block.
+# Every ragged batch has shapes of its own, and oneDNN keeps what it prepared for each of the last 1,024:
+# hundreds of megabytes. A step needs about 150, each of them in every block.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
@@ -20,20 +20,26 @@ def check_positive(args, *names, or_zero=()):
     """InputError unless the arguments `names` are above 0, and those of `or_zero` at least 0; None passes."""
     for name in (*names, *or_zero):
         value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in or_zero))):
-            raise InputError(f"--{name.replace('_', '-')} must be {'at least 0' if name in or_zero else 'positive'}, not {value}")
+        if value is None or math.isfinite(value) and (value > 0 or value == 0 and name in or_zero):
+            continue
+        wanted = "at least 0" if name in or_zero else "positive"
+        raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
 def write_atomically(path, write):
     """write(temporary path), then a rename: the file is the old one or the new one, never half of it."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode
     write(temporary)
+    temporary.chmod(mode)  # the usual one: safetensors lets nobody but the owner read
     os.replace(temporary, path)
 
 
 def report_errors(main):
-    """Decorates a script's main(): an InputError becomes one line and exit code 2, Ctrl-C one line and exit code 130."""
+    """Decorates a script's main(): InputError becomes a line and exit code 2, Ctrl-C a line and code 130."""
     @functools.wraps(main)
     def run():
         try:

@@ -1,9 +1,15 @@
-"""Pairs -> splits -> token ids -> batches."""
+"""Pairs -> splits -> token ids, on disk and memory-mapped -> packed micro-batches."""
 
+import contextlib
 import hashlib
+import io
+import json
 import os
 import re
+import shutil
+import tempfile
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -14,88 +20,100 @@ import torch
 
 from sevloss import InputError
 from sevloss.device import to_device
-from sevloss.inputs import arabic
-from sevloss.inputs.tables import ROWS_AT_ONCE
-from sevloss.inputs.tokenizer_files import WordEncoder, words_stand_alone
+from sevloss.inputs import arabic, tables
 
 PROMPT = "\n{complaint}\n\nالاجابة:\n"
+ROWS_AT_ONCE = 8192  # that are read, encoded and written together
 
 
-# --- splits, by a hash of the complaint: stateless, and no complaint stands on two sides -----------------------------------
+# --- splits: by a hash of the complaint, so the same everywhere, and no complaint stands on two sides -------
 
+SPLIT_RULE = 2  # version of `normalise` and `split_of`; runs store it, and those of another rule are refused
 SPLITS = (("train", 0.8), ("validation", 0.9), ("test", 1.0))  # upper ends on [0, 1)
 
 
-class _Normalised(dict):
-    """What str.translate puts in place of a character; found once for each that occurs."""
+class _NormalisedCharacters(dict):
+    """What str.translate puts in place of each character; filled as characters occur."""
 
     def __missing__(self, code):
         character = chr(code)
-        if unicodedata.combining(character) or character == "\u0640":
+        category = unicodedata.category(character)
+        if category in ("Mn", "Cf") or character == "ـ":  # diacritics, invisible marks, tatweel
             self[code] = None
+        elif category[0] in "LN":  # letters and numbers
+            self[code] = character
         else:
-            self[code] = character if unicodedata.category(character)[0] in "LN" else " "
+            self[code] = " "
         return self[code]
 
 
-_NORMALISED = _Normalised()
+_NORMALISED_CHARACTERS = _NormalisedCharacters()
 
 
-def normalised(complaint):
-    """Equal for complaints that differ only in diacritics, tatweel, punctuation, case or white space."""
-    return " ".join(unicodedata.normalize("NFKC", complaint).casefold().translate(_NORMALISED).split()) or complaint
+def normalise(complaint):
+    """Equal for complaints that differ in diacritics, invisible marks, punctuation, case or space alone."""
+    text = unicodedata.normalize("NFKC", complaint).casefold().translate(_NORMALISED_CHARACTERS)
+    return " ".join(text.split()) or complaint
 
 
 def hash_fraction(complaint, salt=""):
-    """A number in [0, 1) that depends on the normalised complaint (and `salt`) alone, the same on every machine."""
-    digest = hashlib.blake2b((salt + normalised(complaint)).encode(), digest_size=8).digest()
+    """In [0, 1), from the normalised complaint and `salt` alone: the same on every machine."""
+    digest = hashlib.blake2b((salt + normalise(complaint)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2 ** 64
 
 
 def complaint_id(complaint):
-    """A short name of the normalised complaint."""
-    return hashlib.blake2b(normalised(complaint).encode(), digest_size=8).hexdigest()
+    """16 hexadecimal digits that name the normalised complaint."""
+    return hashlib.blake2b(normalise(complaint).encode(), digest_size=8).hexdigest()
 
 
 def split_of(complaint):
-    """'train', 'validation' or 'test': 80, 10 and 10 in a hundred. No complaint stands on two sides."""
+    """'train', 'validation' or 'test': 80, 10 and 10 in a hundred."""
     position = hash_fraction(complaint)
     return next(name for name, end in SPLITS if position < end)
 
 
 def split_pairs(pairs):
-    """{'train': [...], 'validation': [...], 'test': [...]}"""
+    """{'train': [...], 'validation': [...], 'test': [...]}, each in the order given."""
     sides = {name: [] for name, _ in SPLITS}
     for pair in pairs:
         sides[split_of(pair.complaint)].append(pair)
     return sides
 
 
-def sample_pairs(pairs, most):
-    """At most `most` of the pairs, the same ones wherever they are chosen, in an order of their own."""
-    return sorted(pairs, key=lambda p: hash_fraction(p.complaint, "order"))[:most]
+def sample_pairs(pairs, size):
+    """At most `size` of the pairs, the same ones whatever their order; sorted by a hash of the complaint."""
+    return sorted(pairs, key=lambda pair: hash_fraction(pair.complaint, "order"))[:size]
 
 
-# --- has a table, a file or an argument changed? ----------------------------------------------------------------------
+def check_split_rule(stored, name):
+    """InputError where `name`, a run, was made by another rule: its test rows may be training rows now."""
+    if stored != SPLIT_RULE:
+        raise InputError(f"{name} was made with split rule {stored or 1}, this version has rule "
+                         f"{SPLIT_RULE}: rows would change sides between training and test; train it again, "
+                         "or use the version that made it")
+
+
+# --- has a table, a file or an argument changed? ------------------------------------------------------------
 
 class Fingerprint:
-    """Of pairs, more of which may be added: changes when any text, label or probability that training reads does."""
+    """Of pairs: changes when any text, label or probability that training reads does."""
 
     def __init__(self, pairs=()):
-        self.digest = hashlib.blake2b(digest_size=8)
+        self.hash = hashlib.blake2b(digest_size=8)
         for pair in pairs:
             self.add(pair)
 
     def add(self, pair):
-        about = len(pair.complaint), len(pair.response), pair.severity, pair.probabilities
-        self.digest.update(f"{about}{pair.complaint}{pair.response}".encode())
+        sizes_and_labels = len(pair.complaint), len(pair.response), pair.severity, pair.probabilities
+        self.hash.update(f"{sizes_and_labels}{pair.complaint}{pair.response}".encode())
 
     def __str__(self):
-        return self.digest.hexdigest()
+        return self.hash.hexdigest()
 
 
 def file_fingerprint(path):
-    """Changes when the file does: name, size and time of change."""
+    """[name, size, time of change]: changes when the file does."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     status = os.stat(path)
@@ -103,169 +121,295 @@ def file_fingerprint(path):
 
 
 def digest(*parts):
-    """A short name of what something was made from."""
+    """12 hexadecimal digits that name what something was made from."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
 
-# --- token ids ------------------------------------------------------------------------------------------------------------
+# --- token ids ----------------------------------------------------------------------------------------------
 
 def choose_preprocess(choice, ckpt, raw_config):
-    """auto|arabert|none -> arabert|none. auto: as stored in a run folder, else arabert for tiny and the checkpoints trained with it."""
+    """auto|arabert|none -> arabert|none. auto: as stored in a run, else as in pre-training."""
     if choice != "auto":
         return choice
     stored = raw_config.get("sevloss", {}).get("preprocess")
-    names = (str(ckpt) + " " + str(raw_config.get("_name_or_path", ""))).lower()
-    if not stored and re.search(r"arabertv[12]\b", names):
-        print(f"{ckpt} was trained on text cut by the Farasa segmenter, which is not done here: arabertv02 fits better")
-    return stored or ("arabert" if str(ckpt) == "tiny" or "arabert" in names or "aragpt2" in names else "none")
+    if stored:
+        return stored
+    names = f"{ckpt} {raw_config.get('_name_or_path', '')}".lower()
+    if re.search(r"arabertv[12]\b", names):
+        print(f"{ckpt} was trained on text cut by the Farasa segmenter, which is not done here: arabertv02 "
+              "fits better")
+    if str(ckpt) == "tiny" or "arabert" in names or "aragpt2" in names:
+        return "arabert"
+    return "none"
 
 
 def prepare(text, preprocess):
-    """Text as the checkpoint saw its own in pre-training."""
+    """Text as the checkpoint saw its own in pre-training. preprocess: arabert or none."""
     return arabic.preprocess(text) if preprocess == "arabert" else text
 
 
 def encode(tokenizer, texts, *, special):
-    """List of id lists. Words like '</s>' in a text stay text. special: with the tokenizer's own BOS, CLS or SEP."""
+    """List of id lists. '</s>' in a text stays text. special: with the tokenizer's BOS, CLS or SEP."""
     tokenizer.encode_special_tokens = True
     ids = []
     for start in range(0, len(texts), 1024):
-        ids += [e.ids for e in tokenizer.encode_batch_fast(texts[start:start + 1024], add_special_tokens=special)]
+        encodings = tokenizer.encode_batch_fast(texts[start:start + 1024], add_special_tokens=special)
+        ids += [encoding.ids for encoding in encodings]
     return ids
 
 
 def encode_and_cut(tokenizer, texts, max_length):
-    """(id lists with the tokenizer's [CLS] and [SEP], how many were cut): a text that is too long loses its end, not its [SEP]."""
+    """(id lists with [CLS] and [SEP], how many were cut): what is too long loses its end, not its [SEP]."""
     ids = encode(tokenizer, texts, special=True)
-    cut = sum(len(i) > max_length for i in ids)
-    return [i if len(i) <= max_length else i[:max_length - 1] + i[-1:] for i in ids], cut
-
-
-def encode_prompts(tokenizer, complaints, limit, prompt=PROMPT):
-    """Ids of the prompt for each complaint, at most `limit` of them: a complaint that is too long loses its end, never the words after it.
-    Returns (list of id lists, number of complaints cut)."""
-    ids = encode(tokenizer, [prompt.format(complaint=c) for c in complaints], special=True)
-    return ids, cut_prompts(tokenizer, ids, complaints, [limit] * len(complaints), prompt)
-
-
-def cut_prompts(tokenizer, ids, complaints, limits, prompt=PROMPT):
-    """Cuts complaints until the ids of their prompt are no more than the limit of each; `ids` is changed. Returns how many were cut."""
     cut = 0
-    for i, most in enumerate(limits):
-        keep = len(ids[i])
-        cut += keep > most
-        while len(ids[i]) > most:
-            keep -= max(1, len(ids[i]) - most)
+    for i, text_ids in enumerate(ids):
+        if len(text_ids) > max_length:
+            ids[i] = text_ids[:max_length - 1] + text_ids[-1:]
+            cut += 1
+    return ids, cut
+
+
+def encode_prompts(tokenizer, complaints, max_lengths, prompt=PROMPT):
+    """(id lists of the prompts, how many complaints were cut). max_lengths: one for all, or one a complaint.
+
+    A complaint that is too long loses its end, never the words of the prompt after it.
+    """
+    if isinstance(max_lengths, int):
+        max_lengths = [max_lengths] * len(complaints)
+    ids = encode(tokenizer, [prompt.format(complaint=complaint) for complaint in complaints], special=True)
+    cut = 0
+    for i, max_length in enumerate(max_lengths):
+        cut += len(ids[i]) > max_length
+        kept_tokens = len(ids[i])
+        while len(ids[i]) > max_length:  # once, as a rule: the end of what is left may encode to a token more
+            kept_tokens -= max(1, len(ids[i]) - max_length)
             offsets = tokenizer.encode(complaints[i], add_special_tokens=False).offsets
-            if keep < 1 or not offsets:
-                raise InputError(f"{most} tokens are too few for a prompt: raise --max-length")
-            shorter = complaints[i][:offsets[min(keep, len(offsets)) - 1][1]]
-            ids[i] = tokenizer.encode(prompt.format(complaint=shorter)).ids
-    return cut
+            if kept_tokens < 1 or not offsets:
+                raise InputError(f"{max_length} tokens are too few for a prompt: raise --max-length")
+            end = offsets[min(kept_tokens, len(offsets)) - 1][1]
+            ids[i] = tokenizer.encode(prompt.format(complaint=complaints[i][:end])).ids
+    return ids, cut
 
 
 @dataclass
 class Examples:
-    """Encoded examples, end to end in one array. Example i is ids[starts[i]:starts[i + 1]]; its targets begin at
-    position first_target[i] of it (all of the response and EOS)."""
+    """n encoded pairs, end to end: prompt, response, EOS; those from first_target on are targets."""
     ids: np.ndarray  # (total,) int32
-    starts: np.ndarray  # (n + 1,) int64
-    first_target: np.ndarray  # (n,) int64
+    lengths: np.ndarray  # (n,) int32
+    first_target: np.ndarray  # (n,) int32
+    probabilities: np.ndarray  # (n, 3) float32, of the severity classes; (0, 1, 0) where they are unknown
 
     def __len__(self):
-        return len(self.first_target)
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        """The ids of example i."""
+        return self.ids[self.starts[i]:self.starts[i] + self.lengths[i]]
+
+    @cached_property
+    def starts(self):
+        """(n,) where each example begins in `ids`."""
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
     @cached_property
     def input_lengths(self):
-        """(n,) tokens that each example feeds: the last is only ever a target."""
-        return np.diff(self.starts) - 1
+        """(n,) tokens that each example feeds to the model: its last is only ever a target."""
+        return self.lengths - 1
 
     @cached_property
     def target_counts(self):
         """(n,) supervised tokens of each example, the L of the paper."""
-        return np.diff(self.starts) - self.first_target
+        return self.lengths - self.first_target
 
 
 def encode_pairs(pairs, tokenizer, *, max_length, eos_id, preprocess):
-    """PROMPT and response encoded apart and joined, then EOS, at most max_length ids. Prints what was cut. pairs: any iterable.
+    """(Examples, Counter of cuts): PROMPT and response encoded apart, joined, then EOS; at most max_length.
 
     Where a pair is too long, the prompt keeps at least half of max_length; a response that is cut has no EOS.
     """
-    pairs, by_words, eos = iter(pairs), WordEncoder(tokenizer) if words_stand_alone(tokenizer) else None, np.array([eos_id], np.int32)
-    ids, first_target, lengths, complaints_cut, responses_cut = [], [], [], 0, 0
-    while part := list(islice(pairs, ROWS_AT_ONCE)):
-        complaints, responses = [prepare(p.complaint, preprocess) for p in part], [prepare(p.response, preprocess) for p in part]
-        prompts = [PROMPT.format(complaint=complaint) for complaint in complaints]
-        if by_words:
-            encoded = by_words(prompts + responses)
-        else:
-            encoded = encode(tokenizer, prompts, special=True) + encode(tokenizer, responses, special=False)
-            encoded = [np.array(text, np.int32) for text in encoded]
-        prompts, responses = encoded[:len(part)], encoded[len(part):]
-        limits = [max(max_length // 2, max_length - len(response) - 1) for response in responses]
-        complaints_cut += cut_prompts(tokenizer, prompts, complaints, limits)
-
-        first_target += map(len, prompts)
-        wanted = [len(prompt) + len(response) + 1 for prompt, response in zip(prompts, responses)]
-        ends = [eos] * len(part)
-        for i, length in enumerate(wanted):
-            if length > max_length:
-                responses[i], ends[i] = responses[i][:max_length - len(prompts[i])], eos[:0]
-                responses_cut += 1
-        lengths += [min(length, max_length) for length in wanted]
-        ids.append(np.concatenate(list(chain.from_iterable(zip(prompts, responses, ends))), dtype=np.int32))
-    if complaints_cut or responses_cut:
-        print(f"  of {len(lengths):,} pairs {complaints_cut:,} complaints and {responses_cut:,} responses were cut to fit "
-              f"{max_length} tokens")
-    return Examples(np.concatenate(ids), np.cumsum([0, *lengths]), np.array(first_target))
+    complaints = [prepare(pair.complaint, preprocess) for pair in pairs]
+    responses = encode(tokenizer, [prepare(pair.response, preprocess) for pair in pairs], special=False)
+    prompt_limits = [max(max_length // 2, max_length - len(response) - 1) for response in responses]
+    prompts, complaints_cut = encode_prompts(tokenizer, complaints, prompt_limits)
+    rows = [prompt + response + [eos_id] for prompt, response in zip(prompts, responses)]
+    cuts = Counter(complaints=complaints_cut, responses=sum(len(row) > max_length for row in rows))
+    rows = [row[:max_length] for row in rows]
+    return _examples(pairs, rows, [len(prompt) for prompt in prompts]), cuts
 
 
 def encode_published(pairs, tokenizer, *, max_length, eos_id, preprocess):
-    """What the paper's notebooks train on: prompt and response as one text, filled up with EOS to max_length, and all of it supervised."""
-    texts = [PROMPT.format(complaint=prepare(p.complaint, preprocess)) + prepare(p.response, preprocess) for p in pairs]
-    rows = [(ids + [eos_id] * max_length)[:max_length] for ids in encode(tokenizer, texts, special=True)]
-    n = len(rows)
-    return Examples(np.array(rows, np.int32).reshape(-1), np.arange(n + 1) * max_length, np.ones(n, np.int64))
+    """What the paper's notebooks train on: (Examples, Counter of cuts), prompt and response as one text,
+    filled up with EOS to max_length, and all of it supervised."""
+    texts = []
+    for pair in pairs:
+        prompt = PROMPT.format(complaint=prepare(pair.complaint, preprocess))
+        texts.append(prompt + prepare(pair.response, preprocess))
+    encoded = encode(tokenizer, texts, special=True)
+    rows = [(ids + [eos_id] * max_length)[:max_length] for ids in encoded]
+    cuts = Counter(responses=sum(len(ids) > max_length for ids in encoded))
+    return _examples(pairs, rows, [1] * len(rows)), cuts
 
 
-# --- batches --------------------------------------------------------------------------------------------------------------
+def _examples(pairs, rows, first_target):
+    probabilities = [pair.probabilities or (0, 1, 0) for pair in pairs]
+    return Examples(
+        ids=np.fromiter(chain.from_iterable(rows), np.int32),
+        lengths=np.array([len(row) for row in rows], np.int32),
+        first_target=np.array(first_target, np.int32),
+        probabilities=np.array(probabilities, np.float32).reshape(-1, 3))
+
+
+def describe_cuts(cuts, pairs, max_length):
+    """A line that says how many of `pairs` pairs were cut; empty where none was."""
+    if not cuts.total():
+        return ""
+    return (f"  of {pairs:,} pairs {cuts['complaints']:,} complaints and {cuts['responses']:,} responses "
+            f"were cut to fit {max_length} tokens")
+
+
+# --- the encoded table: flat files, written once, read through np.memmap ------------------------------------
+
+ARRAYS = {"ids": np.int32, "lengths": np.int32, "first_target": np.int32, "probabilities": np.float32}
+
+
+@dataclass
+class EncodedTable:
+    """All that training needs of a table."""
+    train: Examples
+    validation: Examples  # of a sample of the validation rows
+    fingerprint: str  # of all rows
+    test_rows: int  # how many are kept for evaluate.py
+
+
+def encoded_table(table, tokenizer, *, reading, encoding, supervise="response", train_rows=None,
+                  validation_rows=1000, folder="runs/encoded"):
+    """The EncodedTable of a table, from a folder of flat files; they are made first where there are none.
+
+    reading: arguments of tables.usable_pairs; encoding: of encode_pairs; supervise: response or row;
+    train_rows: only the first so many (None: all); validation_rows: at most so many, to choose the best step.
+    The folder is named after all that it is made from. It is written under another name, renamed and never
+    changed, so two makers at once are harmless, and a stale one can be deleted at any time. What was printed
+    when it was made is printed again.
+    """
+    made_from = dict(table=file_fingerprint(table), reading=reading, encoding=encoding, supervise=supervise,
+                     train_rows=train_rows, validation_rows=validation_rows, prompt=PROMPT,
+                     split_rule=SPLIT_RULE, tokenizer=digest(tokenizer.to_str()))
+    folder = Path(folder) / f"{Path(table).stem}-{digest(made_from)}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                summary = _write_table(temporary, table, tokenizer, reading, encoding, supervise, train_rows,
+                                       validation_rows)
+            summary = json.dumps({**summary, "printed": printed.getvalue(), "made_from": made_from}, indent=1)
+            (temporary / "table.json").write_text(summary, encoding="utf-8")
+            with contextlib.suppress(OSError):  # another process was faster: its folder holds the same
+                os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    summary = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    print(f"{summary['printed']}encoded: {folder}")
+    return EncodedTable(_open_examples(folder / "train"), _open_examples(folder / "validation"),
+                        summary["fingerprint"], summary["test_rows"])
+
+
+def _write_table(folder, table, tokenizer, reading, encoding, supervise, train_rows, validation_rows):
+    """Fills `folder`, ROWS_AT_ONCE rows at a time: the table's fingerprint and number of test rows."""
+    encode_training = encode_published if supervise == "row" else encode_pairs
+    pairs = tables.usable_pairs(table, **reading)
+    fingerprint = Fingerprint()
+    trained = 0
+    test_rows = 0
+    validation = []
+    cuts = Counter()
+    while part := list(islice(pairs, ROWS_AT_ONCE)):
+        for pair in part:
+            fingerprint.add(pair)
+        sides = split_pairs(part)
+        test_rows += len(sides["test"])
+        validation = sample_pairs(validation + sides["validation"], validation_rows)
+        train = sides["train"]
+        if train_rows is not None:
+            train = train[:train_rows - trained]
+        if train:
+            examples, part_cuts = encode_training(train, tokenizer, **encoding)
+            _append_examples(folder / "train", examples)
+            trained += len(train)
+            cuts += part_cuts
+    if not trained or not validation:
+        raise InputError(f"{table} has too few complaints to train and validate on")
+    examples, part_cuts = encode_pairs(validation, tokenizer, **encoding)
+    _append_examples(folder / "validation", examples)
+    if cuts_line := describe_cuts(cuts + part_cuts, trained + len(validation), encoding["max_length"]):
+        print(cuts_line)
+    return {"fingerprint": str(fingerprint), "test_rows": test_rows}
+
+
+def _append_examples(folder, examples):
+    folder.mkdir(exist_ok=True)
+    for name in ARRAYS:
+        with open(folder / f"{name}.bin", "ab") as file:
+            getattr(examples, name).tofile(file)
+
+
+def _open_examples(folder):
+    arrays = {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in ARRAYS.items()}
+    arrays["probabilities"] = arrays["probabilities"].reshape(-1, 3)
+    return Examples(**arrays)
+
+
+# --- packed micro-batches -----------------------------------------------------------------------------------
 
 @dataclass
 class Batch:
-    tokens: torch.Tensor  # (N,) whole documents, one after the other
-    lengths: list  # of the documents
-    supervised_index: torch.Tensor  # (S,) positions in the stream whose next token is a target
+    """B sequences, packed: one after the other, without padding. S of the N tokens predict a target."""
+    tokens: torch.Tensor  # (N,)
+    lengths: list  # of the B sequences
+    supervised_index: torch.Tensor  # (S,) where in `tokens` the next token is a target
     targets: torch.Tensor  # (S,)
-    example: torch.Tensor  # (S,) which document of the batch a target belongs to
+    sequence: torch.Tensor  # (S,) which of the B sequences a target belongs to
     weights: torch.Tensor | None  # (S,) fp32
 
 
-def make_batch(examples, indices, device="cpu", weights=None):
-    """The examples `indices` as one stream. weights (n,): what a token of each of all examples weighs."""
-    inputs, first = examples.input_lengths[indices], examples.first_target[indices]
-    begins = np.cumsum(inputs) - inputs
-    tokens = np.concatenate([examples.ids[s:s + n] for s, n in zip(examples.starts[indices], inputs)])
-    supervised = np.concatenate([np.arange(b + f - 1, b + n) for b, f, n in zip(begins, first, inputs)])
-    targets = np.concatenate([examples.ids[s + f:e] for s, f, e in
-                              zip(examples.starts[indices], first, examples.starts[np.asarray(indices) + 1])])
-    example = np.repeat(np.arange(len(first)), examples.target_counts[indices])
+def make_batch(examples, indices, device="cpu", token_weights=None):
+    """The examples `indices`, packed. token_weights (n,): what each target of each of all n weighs."""
+    rows = [examples[i] for i in indices]
+    first_target = examples.first_target[indices]
+    lengths = examples.input_lengths[indices]
+    offsets = np.cumsum(lengths) - lengths
+    counts = examples.target_counts[indices]
 
-    tensors = [to_device(torch.from_numpy(array.astype(np.int64)), device) for array in (tokens, supervised, targets, example)]
-    if weights is not None:
-        weights = to_device(torch.from_numpy(np.repeat(weights[indices], examples.target_counts[indices]).astype(np.float32)), device)
-    return Batch(tensors[0], inputs.tolist(), *tensors[1:], weights)
+    tokens = np.concatenate([row[:-1] for row in rows])
+    targets = np.concatenate([row[first:] for row, first in zip(rows, first_target)])
+    # The target at place p of a sequence is predicted at place p - 1.
+    supervised = [np.arange(offset + first - 1, offset + length)
+                  for offset, first, length in zip(offsets, first_target, lengths)]
+
+    def on_device(array, dtype=np.int64):
+        return to_device(torch.from_numpy(array.astype(dtype)), device)
+
+    return Batch(
+        tokens=on_device(tokens),
+        lengths=lengths.tolist(),
+        supervised_index=on_device(np.concatenate(supervised)),
+        targets=on_device(targets),
+        sequence=on_device(np.repeat(np.arange(len(rows)), counts)),
+        weights=None if token_weights is None else on_device(np.repeat(token_weights[indices], counts),
+                                                             np.float32))
 
 
-def micro_batches(lengths, indices, most_tokens):
-    """Cuts `indices` into lists of at most `most_tokens` tokens (or a single longer document), sorted by length, so that
-    documents of equal length are neighbours."""
-    parts, size = [], 0
+def micro_batches(lengths, indices, max_tokens):
+    """Cuts `indices` into lists of at most `max_tokens` tokens (or a single longer sequence), sorted by
+    length, so that sequences of equal length are neighbours."""
+    parts = []
+    tokens = 0
     for i in sorted(indices, key=lambda i: lengths[i]):
-        if not parts or size + lengths[i] > most_tokens:
+        if not parts or tokens + lengths[i] > max_tokens:
             parts.append([])
-            size = 0
+            tokens = 0
         parts[-1].append(int(i))
-        size += lengths[i]
+        tokens += int(lengths[i])
     return parts
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import resource
 import sys
 from dataclasses import dataclass
 
@@ -11,31 +10,36 @@ import torch
 from sevloss import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @dataclass
 class Compute:
     device: torch.device
-    dtype: torch.dtype  # of the GEMMs; parameters, norms, softmax and loss stay fp32
+    dtype: torch.dtype  # of the matrix products; parameters, norms, softmax and loss stay fp32
     reason: str
 
     def autocast(self):
-        """Context for forward passes: matrix products in `dtype`."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        """Context for forward passes and the loss: matrix products in `dtype`."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def grad_scaler(self):
-        """fp16 gradients underflow: scale the loss up, unscale before clipping, skip steps that overflowed."""
+        """fp16 gradients underflow: scale the loss up, unscale before clipping, skip overflows."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def peak_memory(self):
-        """Bytes: CUDA's peak allocation, or the process's peak resident size."""
+        """"peak memory 1.23 GiB": CUDA's peak allocation, or the process's largest resident size."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS: bytes
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            try:
+                import resource
+            except ImportError:  # Windows does not tell
+                return "peak memory unknown"
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            if sys.platform != "darwin":  # macOS counts bytes, Linux kilobytes
+                peak *= 1024
+        return f"peak memory {peak / 2 ** 30:.2f} GiB"
 
     def __str__(self):
         name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
@@ -49,20 +53,9 @@ def cpu_has_bf16():
 
 
 def choose(device="auto", dtype="auto", *, small=False):
-    """device: auto|cpu|cuda|cuda:N, dtype: auto|fp32|bf16|fp16 -> Compute. small: a model too small to gain from 16 bits."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"--device is auto, cpu, cuda or cuda:N, not {device!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device is auto, cpu, cuda or cuda:N, not {str(device)!r}")
+    """-> Compute. dtype: auto|fp32|bf16|fp16. small: a model that would not gain from 16 bits."""
+    device = choose_device(device)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
         torch.set_float32_matmul_precision("high")  # products that stay fp32 run as TF32 on tensor cores
     else:
         keep_freed_memory()
@@ -72,16 +65,36 @@ def choose(device="auto", dtype="auto", *, small=False):
         return Compute(device, torch.float32, "the model is too small to gain from 16 bits")
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
-            return Compute(device, torch.bfloat16, "this GPU multiplies bf16 in hardware; its range needs no GradScaler")
-        return Compute(device, torch.float16, "this GPU has fp16 but no bf16 tensor cores; a GradScaler keeps gradients in range")
+            return Compute(device, torch.bfloat16, "this GPU multiplies bf16 in hardware; its range needs "
+                                                   "no GradScaler")
+        return Compute(device, torch.float16, "this GPU has fp16 but no bf16 tensor cores; a GradScaler "
+                                              "keeps gradients in range")
     if cpu_has_bf16():
         return Compute(device, torch.bfloat16, "this processor multiplies bf16 in hardware")
     return Compute(device, torch.float32, "this processor has no bf16 instructions")
 
 
+def choose_device(name):
+    """auto|cpu|cuda|cuda:N -> torch.device; InputError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device is auto, cpu, cuda or cuda:N, not {str(name)!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
 def keep_freed_memory():
-    """Tells glibc not to give large freed blocks back to the system: a training step asks for the same again, and each of their pages
-    would have to be mapped and cleared anew, which can take a third of the step. PyTorch itself does this with a GPU's memory."""
+    """Tells glibc not to give large freed blocks back to the system: a training step asks for the same again,
+    and each of their pages would be mapped and cleared anew, up to a third of the step. PyTorch does this
+    with a GPU's memory."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
@@ -90,7 +103,7 @@ def keep_freed_memory():
 
 
 def to_device(tensor, device):
-    """On CUDA from pinned memory, which is copied while the device works; a plain copy would wait for all that it still has to do."""
+    """On CUDA from pinned memory, copied while the device works; a plain copy would wait for it."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

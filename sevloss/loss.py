@@ -11,8 +11,8 @@ and never holds the (tokens x vocabulary) matrix: same value, same gradients, a 
 less time.
 
 Weights and denominator together express every normalisation:
-    mean over examples of the paper's (1/L) sum   weights w_i / L_i, denominator = examples in the step mean
-    over tokens                              weights w_i,       denominator = supervised tokens in the step
+    mean over examples of the paper's (1/L) sum   weights w_i / L_i, denominator = examples in the step
+    mean over tokens                              weights w_i,       denominator = supervised tokens in it
 With gradient accumulation, count the denominator over all micro-batches first and pass it to each call;
 gradients then add up.
 """
@@ -67,8 +67,8 @@ def _token_weights(weights, targets):
         return weights
     if targets.ndim == 2 and weights.shape in (targets.shape[:1], (targets.shape[0], 1)):
         return weights.reshape(-1, 1).expand_as(targets)
-    raise ValueError(f"weights {tuple(weights.shape)} do not fit targets {tuple(targets.shape)}: "
-                     "give one a token, or one a row as (B,) or (B, 1)")
+    raise ValueError(f"weights {tuple(weights.shape)} do not fit targets {tuple(targets.shape)}: give one a "
+                     "token, or one a row as (B,) or (B, 1)")
 
 
 def _check_range(targets, classes, ignore_index):

@@ -8,7 +8,8 @@ from sevloss import InputError
 CLASSES = ("non-critical", "neutral", "critical")
 
 # coefficients (a, b, c) of w = a p_nc + b p_n + c p_c; paper, section on the weighted loss
-WEIGHTINGS = {"none": (1.0, 1.0, 1.0), "mild": (0.75, 1.0, 1.25), "balanced": (0.5, 1.0, 1.5), "strong": (0.25, 1.0, 1.75)}
+WEIGHTINGS = {"none": (1.0, 1.0, 1.0), "mild": (0.75, 1.0, 1.25), "balanced": (0.5, 1.0, 1.5),
+              "strong": (0.25, 1.0, 1.75)}
 
 
 def parse_weighting(text):
@@ -20,7 +21,8 @@ def parse_weighting(text):
     except ValueError:
         coefficients = ()
     if len(coefficients) != 3 or not all(0 <= c < float("inf") for c in coefficients):
-        raise InputError(f"--weighting is one of {', '.join(WEIGHTINGS)}, or three numbers of at least 0 such as 0.5,1,1.5; not {text!r}")
+        raise InputError(f"--weighting is one of {', '.join(WEIGHTINGS)}, or three numbers of at least 0 "
+                         f"such as 0.5,1,1.5; not {text!r}")
     return coefficients
 
 
@@ -32,7 +34,8 @@ def confusion_matrix(predicted, labels):
 def scores(logits, labels):
     """logits (n, 3), labels (n,) -> {accuracy, macro_f1, nll, brier, ece, confusion}.
 
-    macro_f1 averages the F1 of the three classes, 0 for a class that is neither there nor predicted. nll in nats.
+    macro_f1 averages the F1 of the three classes, 0 for a class that is neither there nor predicted. nll in
+    nats.
     """
     logits = logits.float()
     probabilities = logits.softmax(-1)
@@ -53,19 +56,22 @@ def expected_calibration_error(probabilities, labels, bins=15):
     """Mean |confidence - accuracy| over equal-width bins of the largest probability (Guo et al. 2017)."""
     confidence, predicted = probabilities.max(-1)
     which = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, (confidence - (predicted == labels).float()).double())
+    error = (confidence - (predicted == labels).float()).double()
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, error)
     return (gap.abs().sum() / len(labels)).item()
 
 
 def fit_temperature(logits, labels):
-    """The T that minimises the NLL of softmax(logits / T) (Guo et al. 2017), with log T ~ normal(0, 0.5) as prior: a few rows
-    that happen to be all right or all wrong must not send T to 0 or infinity; with hundreds of rows it does not matter."""
+    """The T that minimises the NLL of softmax(logits / T) (Guo et al. 2017), with log T ~ normal(0, 0.5) as
+    prior: a few rows that happen to be all right or all wrong must not send T to 0 or infinity; with hundreds
+    of rows it does not matter."""
     log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits.double() / log_t.exp(), labels) + (log_t / 0.5).square() / (2 * len(labels))
+        nll = F.cross_entropy(logits.double() / log_t.exp(), labels)
+        loss = nll + (log_t / 0.5).square() / (2 * len(labels))
         loss.backward()
         return loss
     optimizer.step(closure)

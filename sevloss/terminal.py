@@ -4,12 +4,18 @@ import unicodedata
 
 
 def table(header, rows):
-    """Lines of an aligned table; numbers to the right, text to the left."""
-    cells = [[str(c) for c in row] for row in [header, *rows]]
-    widths = [max(_width(row[i]) for row in cells) for i in range(len(header))]
-    numeric = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
-    lines = ["  ".join(_pad(c, w, right) for c, w, right in zip(row, widths, numeric)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+    """Lines of an aligned table: columns of numbers to the right, of text to the left."""
+    lines = [[str(cell) for cell in row] for row in [header, *rows]]
+    columns = []
+    for cells in zip(*lines):
+        width = max(_width(cell) for cell in cells)
+        padding = [" " * (width - _width(cell)) for cell in cells]
+        if all(_is_number(cell) for cell in cells[1:]):
+            padded = [space + cell for space, cell in zip(padding, cells)]
+        else:
+            padded = [cell + space for space, cell in zip(padding, cells)]
+        columns.append([padded[0], "-" * width, *padded[1:]])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns))
 
 
 def histogram(values, low, high, bins=12, width=40):
@@ -17,20 +23,19 @@ def histogram(values, low, high, bins=12, width=40):
     step = (high - low) / bins or 1.0
     counts = [0] * bins
     for value in values:
-        counts[min(bins - 1, max(0, int((value - low) / step)))] += 1
-    most = max(counts) or 1
-    return "\n".join(f"  {low + i * step:5.2f} to {low + (i + 1) * step:5.2f} {n:7,} {'#' * -(-n * width // most)}"
-                     for i, n in enumerate(counts))
+        place = int((value - low) / step)
+        counts[min(bins - 1, max(0, place))] += 1
+    largest = max(*counts, 1)
+    lines = []
+    for i, count in enumerate(counts):
+        bar = "#" * -(-count * width // largest)
+        lines.append(f"  {low + i * step:5.2f} to {low + (i + 1) * step:5.2f} {count:7,} {bar}")
+    return "\n".join(lines)
 
 
 def _is_number(text):
     return not text.strip("+-0123456789.,%±– ") or text in ("nan", "inf")
 
 
-def _pad(text, width, right):
-    fill = " " * (width - _width(text))
-    return fill + text if right else text + fill
-
-
 def _width(text):
-    return sum(not unicodedata.combining(c) for c in text)
+    return sum(not unicodedata.combining(character) for character in text)

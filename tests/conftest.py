@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from xml.sax.saxutils import escape
@@ -18,6 +19,13 @@ from sevloss.models.tiny import tiny_gpt2
 
 GOLDEN = Path(__file__).with_name("golden")
 torch.set_num_threads(1)  # models this small gain nothing from more, and on a busy machine threads wait for each other
+
+
+def pytest_runtest_setup(item):
+    """Skips a test marked @pytest.mark.peers("transformers", ...) where one of these packages is not installed."""
+    packages = [package for marker in item.iter_markers("peers") for package in marker.args]
+    if missing := [package for package in packages if not find_spec(package)]:
+        pytest.skip(f"needs {', '.join(missing)}: pip install -r requirements-dev.txt")
 
 
 @pytest.fixture

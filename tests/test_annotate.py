@@ -18,7 +18,8 @@ CPU = device.choose("cpu", "fp32")
 
 @pytest.fixture
 def run(tmp_path, rows):
-    """A run folder as train_classifier.py leaves it. Random weights, but enlarged and centred: each class is the likeliest at times."""
+    """A run folder as train_classifier.py leaves it. Random weights, but enlarged and centred: each class is
+    the likeliest at times."""
     torch.manual_seed(1)
     complaints = [row["Question"] for row in rows]
     model, tokenizer = tiny_bert(complaints, num_labels=3, vocab_size=200)
@@ -29,9 +30,14 @@ def run(tmp_path, rows):
         bias -= annotate.class_logits(model, data.encode(tokenizer, complaints, special=True), CPU).mean(0)
     run = tmp_path / "classifier"
     checkpoint.write_run_json(run, "train_classifier.py", {}, preprocess="arabert", max_length=10_000)
-    checkpoint.write_json(run / "classifier.json", {"temperature": 2.0, "out_of_fold": {}, "trained_on": []})
+    write_result(run, temperature=2.0)
     save_model(model, tokenizer, run)
     return run
+
+
+def write_result(run, **other):
+    result = {"temperature": 1.0, "out_of_fold": {}, "trained_on": [], "split_rule": data.SPLIT_RULE}
+    checkpoint.write_json(run / "classifier.json", result | other)
 
 
 @pytest.fixture
@@ -41,9 +47,11 @@ def classifier(run):
 
 @pytest.fixture
 def table(write_table, rows):
-    """50 rows, of which one cannot be used; with a label here and there, and two columns that annotation does not know."""
+    """50 rows, of which one cannot be used; with a label here and there, and two columns that annotation does
+    not know."""
     def row(i):
-        return {"id": f"{i}", "q_body": rows[i]["Question"] if i != 13 else "", "a_body": rows[i]["Answer"], "note": "سطر\nثان, \"نعم\"",
+        return {"id": f"{i}", "q_body": rows[i]["Question"] if i != 13 else "", "a_body": rows[i]["Answer"],
+                "note": "سطر\nثان, \"نعم\"",
                 "severity": "critical" if i % 5 == 0 else ""}
     return write_table("table.csv", [row(i) for i in range(50)])
 
@@ -57,27 +65,31 @@ def read(path):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv"])
 def test_annotated_table(classifier, table, rows, tmp_path, capsys, ending):
-    """The paper's six fields, then the other columns; rows in order; labels stay, the rest get the likeliest class."""
+    """The paper's six fields, then the other columns; rows in order; labels stay, the rest get the likeliest
+    class."""
     to = tmp_path / "new" / f"annotated.{ending}"
     annotate.annotate_table(classifier, table, to, {}, CPU)
     annotated = read(to)
     kept = [i for i in range(50) if i != 13]
-    assert all(list(row) == ["Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical", "id", "note"] for row in annotated)
+    names = ["Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical", "id", "note"]
+    assert all(list(row) == names for row in annotated)
     assert [row["id"] for row in annotated] == [str(i) for i in kept]
-    assert [(row["Question"], row["Answer"]) for row in annotated] == [(rows[i]["Question"], rows[i]["Answer"]) for i in kept]
+    for name in ("Question", "Answer"):
+        assert [row[name] for row in annotated] == [rows[i][name] for i in kept]
     assert {row["note"] for row in annotated} == {'سطر\nثان, "نعم"'}
 
-    probabilities = torch.tensor([[float(row[name]) for name in ("Non-Critical", "Neutral", "Critical")] for row in annotated])
+    probabilities = torch.tensor([[float(row[name]) for name in names[3:6]] for row in annotated])
     alone = torch.cat([classifier.probabilities([rows[i]["Question"]], CPU)[0] for i in kept])
     torch.testing.assert_close(probabilities, alone, atol=2e-6, rtol=0)
     likeliest = [("non-critical", "neutral", "critical")[c] for c in alone.argmax(-1)]
     assert len(set(likeliest)) == 3  # or the next line would be blind
-    assert [row["Severity"] for row in annotated] == ["critical" if i % 5 == 0 else likeliest[n] for n, i in enumerate(kept)]
+    assert [row["Severity"] for row in annotated] == ["critical" if i % 5 == 0 else likeliest[n]
+                                                      for n, i in enumerate(kept)]
 
     out = capsys.readouterr().out
     assert "49 rows" in out and "left out 1 rows: 1 without a complaint (row 28)" in out
     assert sorted(path.name for path in to.parent.iterdir()) == [to.name]  # nothing temporary is left
-    assert len(tables.read_pairs(to, needed=("complaint", "severity", "critical"))) == 49  # and finetune.py reads it
+    assert len(tables.read_pairs(to, needed=("complaint", "severity"), probabilities="required")) == 49
 
 
 def test_probabilities_are_calibrated(classifier):
@@ -91,7 +103,8 @@ def test_probabilities_are_calibrated(classifier):
 def test_long_complaints_are_cut_to_what_the_model_reads(classifier, tmp_path, write_table, capsys):
     """Whatever --max-length was; [SEP] stays the last token."""
     assert classifier.max_length == classifier.model.config.context == 512
-    ids, cut = annotate.encode_complaints(classifier.tokenizer, ["صداع " * 20, "صداع"], preprocess="none", max_length=12)
+    ids, cut = annotate.encode_complaints(classifier.tokenizer, ["صداع " * 20, "صداع"], preprocess="none",
+                                          max_length=12)
     assert cut == 1 and len(ids[0]) == 12 and ids[0][0] == ids[1][0] and ids[0][-1] == ids[1][-1]
     table = write_table("long.csv", [{"question": "صداع " * 2000}])
     annotate.annotate_table(classifier, table, tmp_path / "out.csv", {}, CPU)
@@ -99,17 +112,20 @@ def test_long_complaints_are_cut_to_what_the_model_reads(classifier, tmp_path, w
 
 
 def test_out_of_fold_probabilities_are_used(run, table, rows, tmp_path, capsys):
-    """For a complaint that the model was trained on, however it is punctuated; and the reader is told where there are none."""
+    """For a complaint that the model was trained on, however it is punctuated; and the reader is told where
+    there are none."""
     keys = [data.complaint_id(rows[i]["Question"]) for i in (4, 9, 11)]
     folds = {keys[0]: [0.1, 0.2, 0.7], keys[1]: [0.6, 0.3, 0.1]}
-    (run / "classifier.json").write_text(json.dumps({"temperature": 1.0, "out_of_fold": folds, "trained_on": keys}))
+    write_result(run, out_of_fold=folds, trained_on=keys)
     classifier = annotate.Classifier.load(run, CPU)
     annotate.annotate_table(classifier, table, tmp_path / "out.jsonl", {}, CPU)
     by_id = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
-    assert [by_id["4"][name] for name in ("Severity", "Non-Critical", "Neutral", "Critical")] == ["critical", 0.1, 0.2, 0.7]
-    assert [by_id["9"][name] for name in ("Severity", "Non-Critical", "Neutral", "Critical")] == ["non-critical", 0.6, 0.3, 0.1]
+    names = ("Severity", "Non-Critical", "Neutral", "Critical")
+    assert [by_id["4"][name] for name in names] == ["critical", 0.1, 0.2, 0.7]
+    assert [by_id["9"][name] for name in names] == ["non-critical", 0.6, 0.3, 0.1]
     assert "trained on 1 of these complaints" in capsys.readouterr().out
-    assert classifier.probabilities([rows[4]["Question"] + "!!"], CPU)[0][0].tolist() == pytest.approx([0.1, 0.2, 0.7])
+    probabilities, _ = classifier.probabilities([rows[4]["Question"] + "!!"], CPU)
+    assert probabilities[0].tolist() == pytest.approx([0.1, 0.2, 0.7])
 
 
 class Stop(Exception):
@@ -145,7 +161,11 @@ def test_interrupted_annotation_goes_on(classifier, table, tmp_path, monkeypatch
 
     scored = []
     original = type(classifier).probabilities
-    monkeypatch.setattr(type(classifier), "probabilities", lambda self, c, *rest: scored.append(len(c)) or original(self, c, *rest))
+
+    def probabilities(self, complaints, *rest):
+        scored.append(len(complaints))
+        return original(self, complaints, *rest)
+    monkeypatch.setattr(type(classifier), "probabilities", probabilities)
     annotate.annotate_table(classifier, table, to, {}, CPU)
     assert to.read_bytes() == whole.read_bytes()
     assert sum(scored) == 49 - 11 * chunks  # what was done is not done again
@@ -153,7 +173,7 @@ def test_interrupted_annotation_goes_on(classifier, table, tmp_path, monkeypatch
     assert ("going on after row 22" in out) == (chunks > 0) and "49 rows" in out and "left out 1 rows" in out
 
 
-def test_another_table_does_not_go_on_with_the_half_of_this(classifier, table, tmp_path, write_table, rows, monkeypatch):
+def test_another_table_starts_afresh(classifier, table, tmp_path, write_table, rows, monkeypatch):
     to = tmp_path / "out.jsonl"
     monkeypatch.setattr(annotate, "CHUNK", 11)
     with monkeypatch.context() as patch:
@@ -167,7 +187,8 @@ def test_another_table_does_not_go_on_with_the_half_of_this(classifier, table, t
 def test_every_line_of_a_csv_has_the_same_columns(classifier, tmp_path, monkeypatch):
     """Though .jsonl rows may lack fields, and each chunk is written on its own."""
     monkeypatch.setattr(annotate, "CHUNK", 2)
-    lines = ['{"question": "a", "x": 1}', '{"question": "b", "y": 2}', '{"y": 3, "question": "c"}', '{"question": "d", "x": 4}']
+    lines = ['{"question": "a", "x": 1}', '{"question": "b", "y": 2}', '{"y": 3, "question": "c"}',
+             '{"question": "d", "x": 4}']
     (tmp_path / "table.jsonl").write_text("\n".join(lines))
     annotate.annotate_table(classifier, tmp_path / "table.jsonl", tmp_path / "out.csv", {}, CPU)
     assert [(row["Question"], row["x"], row["y"]) for row in read(tmp_path / "out.csv")] == [
@@ -185,7 +206,8 @@ def test_targets_that_are_refused(classifier, table, tmp_path):
 
 @pytest.mark.parametrize("name, content, message", [
     ("none.csv", None, "no such file"), ("broken.xlsx", "no zip", "cannot be read as an Excel workbook"),
-    ("columns.csv", "a,b\n1,2\n", "no column for the complaint"), ("empty.csv", "question,b\n,2\n", "no row could be scored; left out 1")])
+    ("columns.csv", "a,b\n1,2\n", "no column for the complaint"),
+    ("empty.csv", "question,b\n,2\n", "no usable row; left out 1")])
 def test_tables_that_cannot_be_annotated_leave_nothing_behind(classifier, tmp_path, name, content, message):
     if content:
         (tmp_path / name).write_text(content)
@@ -207,8 +229,14 @@ def test_annotated_is_made_once_per_table(run, table, capsys):
 
 
 def test_no_run_of_the_classifier(tmp_path, run, golden):
-    with pytest.raises(InputError, match="is no run of train_classifier.py"):
-        annotate.Classifier.load(golden / "bert", CPU)
+    for other in (golden / "bert", "runs/typo"):
+        with pytest.raises(InputError, match="is no run of train_classifier.py"):
+            annotate.Classifier.load(other, CPU)
+    result = {"temperature": 2.0, "out_of_fold": {}, "trained_on": []}
+    for version in ({}, {"split_rule": 1}, {"split_rule": data.SPLIT_RULE + 1}):  # the first ones stored none
+        checkpoint.write_json(run / "classifier.json", result | version)
+        with pytest.raises(InputError, match="was made by an older version: train it again"):
+            annotate.Classifier.load(run, CPU)
     (run / "classifier.json").unlink()  # it was stopped before its end
     with pytest.raises(InputError, match="was stopped before it was finished"):
         annotate.Classifier.load(run, CPU)
@@ -218,26 +246,32 @@ def test_logits_keep_the_order_of_the_texts(run):
     """They are computed in order of length, in several batches."""
     model = load_model(run)
     texts = [list(range(5, 5 + n)) for n in (9, 2, 30, 2, 17)]
-    logits = annotate.class_logits(model, texts, CPU, most_tokens=20)
+    logits = annotate.class_logits(model, texts, CPU, max_tokens=20)
     for ids, row in zip(texts, logits):
-        torch.testing.assert_close(row, model.classify(torch.tensor(ids), [len(ids)])[0].detach(), atol=1e-5, rtol=1e-5)
+        alone = model.classify(torch.tensor(ids), [len(ids)])[0].detach()
+        torch.testing.assert_close(row, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_a_lone_carriage_return_stays_inside_its_cell(classifier, write_table, rows, tmp_path):
-    table = write_table("table.jsonl", [{"Question": "صداع\rمن يومين", "Answer": "راحة"}, *rows[:3]])
-    for ending in ("csv", "tsv"):
-        annotate.annotate_table(classifier, table, tmp_path / f"new.{ending}", {}, CPU)
-        pairs = tables.read_pairs(tmp_path / f"new.{ending}", needed=("complaint", "response"))
-        assert len(pairs) == 4 and pairs[0].complaint.split() == ["صداع", "من", "يومين"]
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv"])
+def test_line_breaks_do_not_tear_rows_apart(classifier, write_table, rows, tmp_path, ending):
+    row = {"Question": "صداع\r\nمن\rيومين\x00\x1f", "Answer": "راحة"}
+    table = write_table("table.jsonl", [row, *rows[:3]])
+    annotate.annotate_table(classifier, table, tmp_path / f"new.{ending}", {}, CPU)
+    pairs = tables.read_pairs(tmp_path / f"new.{ending}", needed=("complaint", "response"))
+    assert len(pairs) == 4 and pairs[0].complaint == "صداع\nمن\nيومين"
 
 
 def test_annotation_needs_the_complaint_alone(classifier, write_table, tmp_path, capsys):
     """What else is wrong with a row does not matter: its severity is what is looked for."""
-    table = write_table("table.jsonl", [{"Question": "صداع", "Severity": "urgent"}, {"Question": "حمى", "Severity": "حرج"}])
+    table = write_table("table.jsonl", [{"Question": "صداع", "Severity": "urgent"},
+                                        {"Question": "حمى", "Severity": "حرج"}])
     annotate.annotate_table(classifier, table, tmp_path / "new.jsonl", {}, CPU)
     annotated = read(tmp_path / "new.jsonl")
-    assert len(annotated) == 2 and annotated[0]["Severity"] in CLASSES and annotated[1]["Severity"] == "critical"
-    assert "1 rows came with a severity, which stays" in capsys.readouterr().out
+    assert len(annotated) == 2 and annotated[0]["Severity"] in CLASSES
+    assert annotated[1]["Severity"] == "critical"
+    out = capsys.readouterr().out
+    assert "1 rows came with a severity, which stays" in out
+    assert "used all the same 1 rows: 1 with a severity other than non-critical, neutral, critical" in out
 
 
 def test_columns_that_share_a_name_with_a_field_are_kept(classifier, write_table, tmp_path):

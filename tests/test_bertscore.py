@@ -60,26 +60,6 @@ def test_every_block(checkpoint, expected, pairs, block):
     assert_scores(bert_score(*pairs, checkpoint, block), expected["scores"][str(block)])
 
 
-def test_idf(checkpoint, expected, pairs):
-    assert_scores(bert_score(*pairs, checkpoint, 3, idf=True), expected["idf"])
-
-
-def test_idf_counts_a_reference_as_often_as_it_occurs(checkpoint, pairs):
-    """Written out: log((n + 1) / (df + 1)) for each piece, over rows, not over different texts."""
-    scorer = Scorer.load(checkpoint, 3)
-    references = ["نعم", "نعم", "نعم", "لا"]
-    weights = scorer._piece_weights([scorer.tokenizer.encode(text).ids for text in references])
-    for text, df in (("نعم", 3), ("لا", 1), ("الدواء", 0)):
-        for piece in scorer.tokenizer.encode(text, add_special_tokens=False).ids:
-            assert weights[piece] == pytest.approx(torch.tensor(5 / (df + 1)).log().item(), rel=1e-6)
-    assert (weights[scorer.tokenizer.encode("").ids] == 0).all()
-
-
-def test_idf_of_a_single_reference_is_zero_not_nan(checkpoint):
-    scores = bert_score(["نعم"], ["نعم"], checkpoint, 3, idf=True)
-    assert torch.stack(scores).tolist() == [[0], [0], [0]]
-
-
 # ------------------------------------------------------------------ texts of every kind
 
 @pytest.mark.parametrize("empty", EMPTY)

@@ -4,10 +4,11 @@ from argparse import Namespace
 
 import pytest
 import torch
+from page import Page, assert_links_lead_to_sections, assert_needs_nothing
 
 import train_classifier
 from sevloss import data
-from sevloss.classifier import baseline, report
+from sevloss.classifier import annotate, baseline, report
 from sevloss.inputs import tables
 
 
@@ -25,18 +26,27 @@ def test_conflicting_labels_become_shares():
 
 def test_folds_never_score_a_complaint_that_they_saw(monkeypatch):
     pairs = [pair(i, f"شكوى رقم {i // 2}" + ("!" if i % 2 else ""), i % 3) for i in range(200)]  # each complaint twice
-    seen = {}
+    rows = {p.complaint: p.row for p in pairs}
+    seen = set()
 
-    def fit(args, compute, train, validation, preprocess, seed, *, label):
-        seen["keys"] = {data.complaint_id(p.complaint) for p in train + validation}
-        assert not {data.complaint_id(p.complaint) for p in train} & {data.complaint_id(p.complaint) for p in validation}
-        return None, None, None, 1.0
+    def ids_of(pairs):
+        return {data.complaint_id(p.complaint) for p in pairs}
 
-    def predict(args, compute, model, tokenizer, scored, preprocess):
-        assert not {data.complaint_id(p.complaint) for p in scored} & seen["keys"]
-        return torch.tensor([[float(p.row), 0, 0] for p in scored])
+    def fit(args, compute, train, validation, preprocess, seed, *, name):
+        seen.clear()
+        seen.update(ids_of(train + validation))
+        assert not ids_of(train) & ids_of(validation)
+        return train_classifier.Fitted(None, None, None, 1.0)
+
+    def encode(model, tokenizer, complaints, args, preprocess):
+        assert not {data.complaint_id(complaint) for complaint in complaints} & seen
+        return [rows[complaint] for complaint in complaints], 0
+
+    def class_logits(model, ids, compute):
+        return torch.tensor([[float(row), 0, 0] for row in ids])
     monkeypatch.setattr(train_classifier, "fit", fit)
-    monkeypatch.setattr(train_classifier, "predict", predict)
+    monkeypatch.setattr(train_classifier, "encode", encode)
+    monkeypatch.setattr(annotate, "class_logits", class_logits)
     ordered, results = train_classifier.out_of_fold(Namespace(folds=4, ckpt="tiny", seed=[0]), None, pairs, "none")
     assert sorted(p.row for p in ordered) == list(range(200))
     assert results["tiny"][:, 0].tolist() == [p.row for p in ordered]  # rows and logits stay together
@@ -57,22 +67,53 @@ def test_majority_baseline_gives_the_shares():
     torch.testing.assert_close(logits.softmax(-1), torch.tensor([[0.625, 0.0, 0.375]] * 2), atol=1e-5, rtol=0)
 
 
+# --- the report ------------------------------------------------------------------------------------------------
+
+HOSTILE = "<script>alert(1)</script> شكوى & <b>"
+
+
 @pytest.fixture
 def scored():
-    pairs = [pair(i, f"شكوى | رقم {i}", i % 3, "cardiology" if i < 20 else "ent") for i in range(30)]
+    pairs = [pair(i, f"شكوى رقم {i}", i % 3, "cardiology" if i < 20 else "ent") for i in range(30)]
     logits = torch.eye(3)[torch.arange(30) % 3] * 3
     logits[7] = torch.tensor([9.0, 0, 0])  # true class 1
     return pairs, {"bert": logits, "bert, calibrated": logits / 2, "majority class": torch.zeros(30, 3)}
 
 
-def test_report(scored, tmp_path):
-    report.write_classifier_report(tmp_path, *scored, encoder="bert", basis="30 rows.")
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| cardiology | 20 | 0.950 |" in text and "| ent | 10 | 1.000 |" in text
-    assert "| 7 | neutral | non-critical | 0.978 | شكوى \\| رقم 7 |" in text  # a bar in a text does not break the table
-    assert "| neutral | 10 | 1.000 | 0.900 | 1 | 9 | 0 |" in text
-    assert "balanced: mean" in text
-    assert (tmp_path / "confusion.png").stat().st_size > 5000 and (tmp_path / "reliability.png").stat().st_size > 5000
-    rows = report.score_rows(scored[1], torch.arange(30) % 3)
-    assert rows[1][:2] == ["bert, calibrated", f"{29 / 30:.4f}"]
-    assert float(rows[2][3]) == pytest.approx(1.0986, abs=1e-4)
+@pytest.fixture
+def page_of(tmp_path, scored):
+    """page_of(complaint of row 7) -> text of report.html."""
+    def page_of(complaint):
+        scored[0][7] = scored[0][7]._replace(complaint=complaint)
+        report.write_classifier_report(tmp_path, *scored, encoder="bert", basis="30 rows.")
+        return (tmp_path / "report.html").read_text(encoding="utf-8")
+    return page_of
+
+
+def test_report(scored, page_of):
+    page = Page(page_of("شكوى | رقم ٧"))
+    assert page.sections == ["Scores", "By class", "Calibration", "By specialty", "The most confident mistakes",
+                             "The weights that these probabilities give"]
+    scores = report.score_rows(scored[1], torch.arange(30) % 3)
+    assert page.tables["Scores"][0] == [["model", *report.SCORE_NAMES.values()], *scores]
+    assert scores[1][:2] == ["bert, calibrated", f"{29 / 30:.4f}"]
+    assert float(scores[2][3]) == pytest.approx(1.0986, abs=1e-4)
+    assert ["neutral", "10", "1.000", "0.900", "1", "9", "0"] in page.tables["By class"][0]
+    assert page.tables["By specialty"][0][1:] == [["cardiology", "20", "0.950"], ["ent", "10", "1.000"]]
+    mistake, = (text for text in page.texts if "row 7" in text)
+    assert mistake.split() == "predicted non-critical with probability 0.978 · row 7".split()
+    assert page.arabic == [("شكوى | رقم ٧", True)]  # the only mistake, right to left
+    assert any("balanced: mean" in text for text in page.texts)
+
+
+def test_report_needs_nothing_and_texts_are_no_markup(tmp_path, page_of):
+    text = page_of(HOSTILE)
+    assert (HOSTILE, True) in Page(text).arabic and "<script" not in text and "<b>" not in text
+    assert_needs_nothing(text, [tmp_path / "confusion.png", tmp_path / "reliability.png"])
+    assert_links_lead_to_sections(text)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "confusion.png", "reliability.png"}
+
+
+def test_report_without_mistakes(scored, page_of):
+    scored[1]["bert, calibrated"][7] = torch.tensor([0, 9.0, 0])
+    assert "The most confident mistakes" not in Page(page_of("شكوى")).sections

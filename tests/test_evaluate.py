@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import call, lines, refusal
+from page import Page
 
 import evaluate
 import finetune
@@ -79,6 +80,11 @@ def copy_of(run, to, but=("evaluation", "state")):
     return shutil.copytree(run, to, ignore=shutil.ignore_patterns(*but))
 
 
+def checkpoint_of(run, to):
+    """The run's model alone."""
+    return copy_of(run, to, but=("evaluation", "state", "run.json", "metrics.jsonl", "validation.json"))
+
+
 @pytest.fixture(scope="module")
 def answered_once(base, folder):
     call(evaluate, copy_of(base, folder / "answered"), *SHORT)
@@ -106,7 +112,7 @@ def pictures():
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """start(run, ..., arguments) -> findings.json, which may not hold what JSON does not have. Few rows, short answers."""
+    """start(run, ..., arguments) -> evaluation.json, which may not hold what JSON does not have. Few rows, short answers."""
     monkeypatch.chdir(tmp_path)
 
     def start(*arguments):
@@ -149,15 +155,16 @@ def test_likelihood_is_that_of_a_loop(run, held_out, start):
     """Of every test row, one document at a time; means are sums over sums: of all rows, by class, weighted, by specialty."""
     means = means_of(start(run, "--rows", 2000))
     answers = findings.load_answers(answers_of(run)).rows
-    assert [row["row"] for row in answers] == [pair.row for pair in held_out]
+    assert [row.row for row in answers] == [pair.row for pair in held_out]
     model, tokenizer = load_model(run), load_tokenizer(run)
-    examples = data.encode_pairs(held_out, tokenizer, max_length=512, eos_id=eos_ids(model)[0], preprocess="arabert")
+    examples, _ = data.encode_pairs(held_out, tokenizer, max_length=512, eos_id=eos_ids(model)[0],
+                                    preprocess="arabert")
     nll, tokens = np.zeros(len(held_out)), np.zeros(len(held_out))
     for i, row in enumerate(answers):
-        ids, first = torch.from_numpy(examples.ids[examples.starts[i]:examples.starts[i + 1]]).long(), examples.first_target[i]
+        ids, first = torch.from_numpy(examples[i]).long(), examples.first_target[i]
         logits = model(ids[:-1], [len(ids) - 1])[first - 1:] @ model.head_weight.T
         nll[i], tokens[i] = F.cross_entropy(logits, ids[first:], reduction="sum").item(), len(ids) - first
-        assert (row["nll"], row["tokens"]) == pytest.approx((nll[i], tokens[i]), rel=1e-4)
+        assert (row.nll, row.tokens) == pytest.approx((nll[i], tokens[i]), rel=1e-4)
     groups = {"all": np.ones(len(nll)), "by p(critical)": np.array([pair.probabilities[2] for pair in held_out])}
     groups |= {name: np.array([pair.severity == i for pair in held_out]) for i, name in enumerate(severity.CLASSES)}
     groups |= {f"specialty: {name}": np.array([pair.specialty == name for pair in held_out]) for name in ("قلب", "جلد")}
@@ -173,7 +180,7 @@ def test_answers_are_the_models_own(run, held_out, start):
     answers, model, tokenizer = findings.load_answers(answers_of(run)).rows, load_model(run), load_tokenizer(run)
     pairs = {pair.row: pair for pair in held_out}
     for answer in answers:
-        pair = pairs[answer["row"]]
+        pair = pairs[answer.row]
         prompt = torch.tensor(tokenizer.encode(data.PROMPT.format(complaint=data.prepare(pair.complaint, "arabert"))).ids)
         ids, finished = prompt, False
         while len(ids) < len(prompt) + 8 and not finished:
@@ -181,10 +188,10 @@ def test_answers_are_the_models_own(run, held_out, start):
             finished = int(token) in eos_ids(model)
             ids = ids if finished else torch.cat([ids, token[None]])
         text = tokenizer.decode(ids[len(prompt):].tolist()).rstrip("\ufffd").strip()
-        assert (answer["answer"], answer["finished"]) == (arabic.unpreprocess(text), finished)
-        assert (answer["complaint"], answer["reference"], answer["specialty"]) == (pair.complaint, pair.response, pair.specialty)
-        assert (answer["severity"], tuple(answer["probabilities"])) == (pair.severity, pair.probabilities)
-    assert len({answer["answer"] for answer in answers}) > 5 and {answer["finished"] for answer in answers} == {True, False}
+        assert (answer.answer, answer.finished) == (arabic.unpreprocess(text), finished)
+        assert (answer.complaint, answer.reference, answer.specialty) == (pair.complaint, pair.response, pair.specialty)
+        assert (answer.severity, tuple(answer.probabilities)) == (pair.severity, pair.probabilities)
+    assert len({answer.answer for answer in answers}) > 5 and {answer.finished for answer in answers} == {True, False}
 
 
 def test_two_models_and_their_report(run, start, tmp_path, monkeypatch, capsys, pictures):
@@ -194,23 +201,44 @@ def test_two_models_and_their_report(run, start, tmp_path, monkeypatch, capsys, 
     other = load_model(run)
     with torch.no_grad():
         other.head_weight.mul_(0.7)
-    save_model(other, load_tokenizer(run), run / "best")
-    names, found = [str(run), str(run / "best")], start(run, run / "best", "--rows", 2000)
+    save_model(other, load_tokenizer(run), tmp_path / "other")
+    names, found = [str(run), str(tmp_path / "other")], start(run, tmp_path / "other", "--rows", 2000)
     means, row_scores = means_of(found), lines(tmp_path / "out" / "scores.jsonl")
-    for name in names:
-        rows = lines(answers_of(tmp_path / name))[1:]
-        assert means[name, "all", "words"] == pytest.approx(np.mean([len(scores.words(row["answer"])) for row in rows]))
-        assert means[name, "all", "unfinished"] == np.mean([not row["finished"] for row in rows])
+    for name, kept in zip(names, (run / "evaluation", tmp_path / "out")):
+        path, = kept.glob("answers-*.jsonl")
+        rows = findings.load_answers(path).rows
+        assert means[name, "all", "words"] == pytest.approx(np.mean([len(scores.words(row.answer)) for row in rows]))
+        assert means[name, "all", "unfinished"] == np.mean([not row.finished for row in rows])
         assert {s["row"]: s["NLL"] for s in row_scores if s["run"] == name} == {
-            row["row"]: pytest.approx(row["nll"] / row["tokens"]) for row in rows}
+            row.row: pytest.approx(row.nll / row.tokens) for row in rows}
     assert means[names[0], "all", "NLL"] < means[names[1], "all", "NLL"]
     sentence = next(c["sentence"] for c in found["comparisons"] if (c["score"], c["group"]) == ("NLL", "all"))
     assert sentence.startswith(f"{names[1]} is worse than {names[0]} in NLL by ")
     out, printed = tmp_path / "out", capsys.readouterr().out
-    assert (out / "table.txt").read_text() in printed + "\n" and sentence in printed
-    assert f"{means[names[0], 'all', 'NLL']:.4f}" in (out / "table.txt").read_text() and sentence in (out / "report.md").read_text()
-    assert {path.name for path in out.iterdir()} == {"table.txt", "evaluation.json", "report.html", "report.md", "scores.jsonl",
-                                                     "generations.jsonl", "scores.png", "training.png", "weights.png"}
+    table, page = (out / "table.txt").read_text(), Page((out / "report.html").read_text())
+    assert table in printed + "\n" and sentence in printed and sentence in page.texts
+    nll = f"{means[names[0], 'all', 'NLL']:.4f}"
+    assert nll in table and any(cell.startswith(nll) for row in page.tables["Scores"][0] for cell in row)
+    assert {path.name for path in out.iterdir() if not path.name.startswith("answers-")} == {
+        "table.txt", "evaluation.json", "report.html", "scores.jsonl", "generations.jsonl", "scores.png", "training.png",
+        "weights.png"}
+
+
+def test_a_run_is_scored_by_its_best_step(base, table, tmp_path, start):
+    """Its folder's top level, and not the last step's weights, which lie in state/."""
+    run = shutil.copytree(base, tmp_path / "run")
+    progress = torch.load(run / "state" / "training.pt", weights_only=True)["model"]
+    better = load_model(run)
+    with torch.no_grad():
+        better.head_weight.mul_(1.5)
+    save_model(better, load_tokenizer(run), run)
+    assert not torch.equal(load_model(run).head_weight, progress["transformer.wte.weight"])
+    means = means_of(start(run))
+    alone = checkpoint_of(run, tmp_path / "alone")
+    last = checkpoint_of(base, tmp_path / "last")
+    others = means_of(start(alone, last, "--data", table))
+    assert means[str(run), "all", "NLL"] == pytest.approx(others[str(alone), "all", "NLL"], rel=1e-6)
+    assert abs(means[str(run), "all", "NLL"] - others[str(last), "all", "NLL"]) > 0.01
 
 
 def test_how_it_draws_and_half_a_character(run, start, monkeypatch):
@@ -221,7 +249,7 @@ def test_how_it_draws_and_half_a_character(run, start, monkeypatch):
     assert tokenizer.decode(ids).endswith("\ufffd")
     start(run, "--temperature", 0.8, "--top-p", 0.9, "--seed", 7)
     assert {name: asked[0][name] for name in ("temperature", "top_p", "seed")} == {"temperature": 0.8, "top_p": 0.9, "seed": 7}
-    assert not any("\ufffd" in row["answer"] for row in findings.load_answers(answers_of(run)).rows)
+    assert not any("\ufffd" in row.answer for row in findings.load_answers(answers_of(run)).rows)
 
 
 def test_recipe_paper(run, monkeypatch):
@@ -240,8 +268,9 @@ def test_recipe_paper(run, monkeypatch):
 
 def test_few_rows_read_well(run, start, capsys):
     """No intervals, no comparison, and one line that says so; also of a single row."""
+    other = checkpoint_of(run, run.parent / "other")
     for rows in (9, 1):
-        found = start(run, run / "best", "--rows", rows)
+        found = start(run, other, "--rows", rows)
         assert found["comparisons"] == [] and {m["low"] for m in found["means"]} == {None}
         printed = capsys.readouterr().out
         assert printed.count("fewer than 20 rows") == 1 and "nan" not in printed.lower() and "None" not in printed
@@ -256,17 +285,17 @@ def test_rows_without_severity(run, start, table, rows, tmp_path):
 # --- what can be evaluated ------------------------------------------------------------------------------------------------
 
 def test_every_kind_of_model(whole, table, base, tmp_path, start):
-    """A LoRA run, its best/ and merged/, a plain checkpoint, and answers that were brought from elsewhere."""
+    """A LoRA run and its merged/, a plain checkpoint, and answers that were brought from elsewhere."""
     lora = train(tmp_path / "lora", whole, table, "--max-steps", 4, "--lora", 2, "--lr", 0.02, "--merge")
     start(copy_of(base, tmp_path / "base"))
     brought = answers_of(tmp_path / "base").rename(tmp_path / "brought.jsonl")
-    found = start(lora, lora / "best", lora / "merged", whole, brought)
-    names = [str(lora), str(lora / "best"), str(lora / "merged"), str(whole), str(tmp_path / "base")]
+    found = start(lora, lora / "merged", whole, brought)
+    names = [str(lora), str(lora / "merged"), str(whole), str(tmp_path / "base")]
     assert found["settings"] == [{"name": name, "runs": [name]} for name in names]
     nll = [means_of(found)[name, "all", "NLL"] for name in names]
-    assert nll[2] == pytest.approx(nll[1], rel=1e-4) and len({round(x, 3) for x in nll}) == 3  # the last step of four is the best, too
+    assert nll[1] == pytest.approx(nll[0], rel=1e-4) and len({round(x, 3) for x in nll}) == 3
     runs = found["runs"]
-    assert [len(runs[name]["metrics"]) for name in names] == [4, 4, 4, 0, 8] and len(runs[str(lora)]["weights"]) == 9
+    assert [len(runs[name]["metrics"]) for name in names] == [4, 4, 0, 8] and len(runs[str(lora)]["weights"]) == 9
     assert runs[str(whole)] == {"metrics": [], "validation": [], "weights": []}
     assert answers_of(lora / "merged").is_file() and next((tmp_path / "out").glob("answers-whole-*.jsonl"))
 
@@ -287,7 +316,7 @@ def test_answers_from_elsewhere_bring_their_run(base, tmp_path, start):
     assert [found["runs"][name]["metrics"] for name in ("there-0", "there-1")] == [[], []]
     shutil.copy(tmp_path / "0.jsonl", tmp_path / "2.jsonl")
     found = start("0.jsonl", "2.jsonl")
-    assert [s["runs"] for s in found["settings"]] == [["0.jsonl"], ["there-0"]]  # one name for two files would be one column
+    assert [s["runs"] for s in found["settings"]] == [["0.jsonl"], ["2.jsonl"]]  # one name for two files would be one column
 
 
 def test_a_table_under_another_name(run, table, start, tmp_path):
@@ -307,12 +336,10 @@ def test_a_run_is_called_what_is_typed(run, start, tmp_path, monkeypatch, asked)
     assert len(asked) == 1
 
 
-def test_newest_run_and_its_table(base, tmp_path, monkeypatch):
-    """Without arguments the newest run is taken, whatever its name; best/ is scored on the rows of its run."""
-    assert findings.read_run_json(base)["script"] == "finetune.py" and findings.read_run_json(base)["model"] == "last"
-    assert findings.read_run_json(base / "best") == findings.read_run_json(base) | {"model": "best"}
-    assert findings.read_run_json(base / "state") == {}  # not everything in a run's folder is one of its models
-    for name, script in (("runs/balanced", "finetune.py"), ("runs/finetune-001", "finetune.py"), ("runs/severity", "train_classifier.py")):
+def test_newest_run(tmp_path, monkeypatch):
+    """Without arguments the newest run of finetune.py is taken, whatever its name."""
+    for name, script in (("runs/balanced", "finetune.py"), ("runs/finetune-001", "finetune.py"),
+                         ("runs/severity", "train_classifier.py")):
         checkpoint.write_run_json(tmp_path / name, script, {})
     for age, name in enumerate(("runs/severity", "runs/balanced", "runs/finetune-001")):
         os.utime(tmp_path / name / "run.json", (1e9 - age, 1e9 - age))
@@ -351,16 +378,17 @@ def test_going_on_where_it_stopped(answered, start, asked, cut, how):
         start(answered, *how)
     run, path = answered, answers_of(answered)
     whole, expected = path.read_bytes(), findings.load_answers(path).rows
-    left = CUTS[cut](whole, [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")])
-    path.write_bytes(left)
-    rows = findings.read_answers(path)[1]
+    kept = CUTS[cut](whole, [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")])
+    path.write_bytes(kept)
+    stored = findings.read_answers(path)
+    left = 9 - len(stored.rows) if stored else 9
     asked.clear()
     start(run, *how)
-    assert sum(map(len, asked)) == 9 - len(rows)
+    assert sum(map(len, asked)) == left
     found = findings.load_answers(path).rows
-    assert [row["answer"] for row in found] == [row["answer"] for row in expected]
-    assert [row["nll"] for row in found] == pytest.approx([row["nll"] for row in expected], rel=1e-5)
-    assert path.read_bytes().startswith(left[:left.rfind(b"\n") + 1])
+    assert [row.answer for row in found] == [row.answer for row in expected]
+    assert [row.nll for row in found] == pytest.approx([row.nll for row in expected], rel=1e-5)
+    assert path.read_bytes().startswith(kept[:kept.rfind(b"\n") + 1])
     asked.clear()
     start(run, *how)
     assert not asked
@@ -391,13 +419,13 @@ def test_further_training_is_answered_anew(whole, table, tmp_path, start, asked)
 
     def stop(*arguments):
         saves.append(save_state(*arguments))
-        if len(saves) == 1:
+        if len(saves) == 2:  # the first model is there
             raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(checkpoint, "save_state", stop)
-        train(out, whole, table, "--max-steps", 4, "--save-every", 2)
+        train(out, whole, table, "--max-steps", 6, "--save-every", 2)
     before = means_of(start(out))
-    train(out, whole, table, "--max-steps", 4, "--save-every", 2, "--resume")
+    train(out, whole, table, "--max-steps", 6, "--save-every", 2, "--resume")
     assert means_of(start(out))[str(out), "all", "NLL"] < before[str(out), "all", "NLL"] and len(asked) == 2
 
 
@@ -436,7 +464,7 @@ def test_other_line_breaks_in_a_text(run, table, start, tmp_path):
     """U+2028, U+2029 and U+0085 end no line of JSON."""
     odd = [row | {"Question": row["Question"].replace("يوم", "يوم\u2028\u2029\x85")} for row in lines(table)]
     start(run, "--data", write(tmp_path / "odd.jsonl", odd))
-    assert "\u2028" in findings.load_answers(answers_of(run)).rows[0]["complaint"]
+    assert "\u2028" in findings.load_answers(answers_of(run)).rows[0].complaint
     path = answers_of(run)
     path.write_bytes(path.read_bytes()[:-9])
     start(run, "--data", tmp_path / "odd.jsonl")
@@ -468,7 +496,7 @@ def test_bertscore(answered, start, golden, loads, asked):
     encoder = shutil.copytree(golden / "bertscore", answered.parent / "encoder")
     found = start(answered, "--bertscore", encoder, "--bertscore-layer", 1)
     rows = findings.load_answers(answers_of(answered)).rows
-    f1 = bertscore.bert_score([row["answer"] for row in rows], [row["reference"] for row in rows], encoder, 1)[2]
+    f1 = bertscore.bert_score([row.answer for row in rows], [row.reference for row in rows], encoder, 1)[2]
     assert means_of(found)[str(answered), "all", "BERTScore F1"] == pytest.approx(f1.mean().item(), rel=1e-5)
     header, (line,) = found["paper_table"]
     assert dict(zip(header, line))["balanced"] == f"{100 * f1.mean().item():.2f}" and "".join(line[1:]) == line[header.index("balanced")]
@@ -542,20 +570,29 @@ def kinds(base, answered, table, rows, golden, tmp_path, start):
     (tmp_path / "headless.jsonl").write_bytes(b"".join(lines_of))
     references = [json.loads(head) | {"protocol": json.loads(head)["protocol"] | {"fingerprint": "0"}}, *map(json.loads, lines_of)]
     write(tmp_path / "references.jsonl", references)
-    (copy_of(base / "best", tmp_path / "broken") / "config.json").write_text("{")
+    other_model = checkpoint_of(base, tmp_path / "model")
+    (checkpoint_of(base, tmp_path / "broken") / "config.json").write_text("{")
+    old = copy_of(base, tmp_path / "old")
+    checkpoint_of(base, old / "best")
+    rule = copy_of(base, tmp_path / "rule")
+    checkpoint.write_json(rule / "run.json", hub.read_json(rule / "run.json") | {"split_rule": 0})
+    checkpoint_of(base, rule / "merged")
     torn = copy_of(base, tmp_path / "torn")
     (torn / "run.json").write_text('{"script": "finet')
     curves = copy_of(base, tmp_path / "curves")
     (curves / "validation.json").write_text("[[4, ")
     (tmp_path / "empty.jsonl").write_bytes(b"")
-    return {"run": run, "answers": answers, "table": table, "bert": golden / "bertscore", "few": write(tmp_path / "few.jsonl", rows[:2]),
+    return {"model": other_model, "run": run, "answers": answers, "table": table, "bert": golden / "bertscore", "few": write(tmp_path / "few.jsonl", rows[:2]),
             "here": tmp_path}
 
 
 REFUSED = [
     ("{run} {run}", "is given twice"),
     ("{run} {run}/", "is given twice"),
-    ("{run}/best {run}/../run/best", "is given twice"),
+    ("{model} {here}/../{here.name}/model", "is given twice"),
+    ("{here}/old", "its best model is in"),
+    ("{here}/rule", "was made with split rule"),
+    ("{here}/rule/merged", "was made with split rule"),
     ("{here}/nowhere", "is neither a folder"),
     ("{here}/broken --data {table}", "cannot be read as JSON"),
     ("{here}/torn", "cannot be read as JSON"),
@@ -572,8 +609,8 @@ REFUSED = [
     ("{run} --data {few}", "none of its complaints falls into the test split"),
     ("{answers} {here}/other.jsonl", "evaluated with different max_new_tokens: 8 and 7"),
     ("{answers} {here}/references.jsonl", "evaluated with different rows or references: evaluate both in one call"),
-    ("{answers} {run}/best --rows 8", "evaluated with different rows: 9 and 8"),
-    ("{answers} {run}/best --temperature 0.5", "evaluated with different temperature: 0.0 and 0.5"),
+    ("{answers} {model} --data {table} --rows 8", "evaluated with different rows: 9 and 8"),
+    ("{answers} {model} --data {table} --temperature 0.5", "evaluated with different temperature: 0.0 and 0.5"),
     ("{here}/rows.jsonl", "is not finished"),
     ("{here}/empty.jsonl", "is not finished"),
     ("{here}/headless.jsonl", "is no answers file of evaluate.py, or has lost its first line"),

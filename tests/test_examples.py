@@ -1,4 +1,4 @@
-"""The loss inside others' code: an optimizer step over ragged micro-batches against the formula, written out token by token."""
+"""The loss inside others' code: an optimizer step over ragged micro-batches against the formula."""
 
 import importlib.util
 import math
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from sevloss.models import save_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-LENGTHS = [(3, 2), (1, 9), (6, 1), (4, 5), (0, 7), (2, 12), (8, 3)]  # of prompt and response; 7, so the last of 4 micro-batches is short
+# of prompt and response; 7, so the last of 4 micro-batches is short
+LENGTHS = [(3, 2), (1, 9), (6, 1), (4, 5), (0, 7), (2, 12), (8, 3)]
 WEIGHTS = [0.5, 1.5, 1.0, 0.55, 1.45, 0.7, 1.3]
 
 
@@ -36,7 +37,8 @@ def token_rows(vocabulary):
 def nll(logits, ids, labels):
     """-log P of each supervised token, one row at a time and without padding."""
     scores = logits(torch.tensor([ids]))[0]  # (T, V)
-    return [scores[t - 1].exp().sum().log() - scores[t - 1, labels[t]] for t in range(1, len(ids)) if labels[t] != -100]
+    supervised = [t for t in range(1, len(ids)) if labels[t] != -100]
+    return [scores[t - 1].exp().sum().log() - scores[t - 1, labels[t]] for t in supervised]
 
 
 def flat(tensors):
@@ -58,39 +60,55 @@ class Plain:
         return model(ids)
 
     def train(self, model, weights, chosen):
-        examples = [(torch.tensor(self.rows[i][0]), torch.tensor(self.rows[i][1]), torch.tensor(weights[i])) for i in chosen]
-        micro_batches = [self.example.collate(examples[i:i + self.micro_batch]) for i in range(0, len(examples), self.micro_batch)]
+        rows = [(*self.rows[i], weights[i]) for i in chosen]
+        examples = [tuple(map(torch.tensor, row)) for row in rows]
+        starts = range(0, len(examples), self.micro_batch)
+        micro_batches = [self.example.collate(examples[i:i + self.micro_batch]) for i in starts]
         self.example.train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), micro_batches)
 
 
+GPT2 = dict(model_type="gpt2", n_positions=32, n_embd=16, n_layer=2, n_head=2,
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+LLAMA = dict(model_type="llama", hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+             num_attention_heads=2, tie_word_embeddings=False)
+
+
 class Trainer:
+    trainer_class = "SeverityTrainer"
+    config = GPT2
     patch = staticmethod(lambda trainer: None)  # what a test does to the trainer before it runs
 
     def __init__(self, folder, *_):
-        self.transformers = pytest.importorskip("transformers")
-        pytest.importorskip("accelerate")
+        import transformers
+        self.transformers = transformers
         self.example = load("hf_trainer")
         self.folder = folder
         self.rows = token_rows(40)
 
     def model(self):
         torch.manual_seed(0)
-        return self.transformers.GPT2LMHeadModel(self.transformers.GPT2Config(
-            vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-            bos_token_id=0, eos_token_id=0))
+        config = self.transformers.AutoConfig.for_model(
+            **self.config, vocab_size=40, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+        return self.transformers.AutoModelForCausalLM.from_config(config)
 
     def logits(self, model, ids):
         return model.eval()(ids).logits
 
     def arguments(self, kind, **more):
-        return kind(str(self.folder), per_device_train_batch_size=2, per_device_eval_batch_size=2, gradient_accumulation_steps=4,
-                    num_train_epochs=1, max_grad_norm=0, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-                    **{"remove_unused_columns": False} | more)
+        settings = dict(
+            per_device_train_batch_size=2, per_device_eval_batch_size=2, gradient_accumulation_steps=4,
+            num_train_epochs=1, max_grad_norm=0, save_strategy="no", report_to="none", disable_tqdm=True,
+            use_cpu=True, remove_unused_columns=False)
+        return kind(str(self.folder), **settings | more)
 
     def trainer(self, model, weights, chosen, optimizer):
-        dataset = [{"input_ids": self.rows[i][0], "labels": self.rows[i][1], "weight": weights[i]} for i in chosen]
-        return self.example.SeverityTrainer(model, self.arguments(self.transformers.TrainingArguments), self.example.collate,
-                                            train_dataset=dataset, eval_dataset=dataset, optimizers=(optimizer, None))
+        dataset = []
+        for i in chosen:
+            ids, labels = self.rows[i]
+            dataset.append({"input_ids": ids, "labels": labels, "weight": weights[i]})
+        trainer_class = getattr(self.example, self.trainer_class)
+        return trainer_class(model, self.arguments(self.transformers.TrainingArguments), self.example.collate,
+                             train_dataset=dataset, eval_dataset=dataset, optimizers=(optimizer, None))
 
     def train(self, model, weights, chosen):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -103,12 +121,24 @@ class Trainer:
         return self.trainer(model, weights, range(7), None).evaluate()["eval_loss"]
 
 
+class Fused(Trainer):
+    """The loss of the hidden states. GPT-2's head is its embedding."""
+    trainer_class = "FusedSeverityTrainer"
+
+class FusedLlama(Fused):
+    """A head of its own, and a final norm that is an RMSNorm."""
+    config = LLAMA
+
+
 class SFT(Trainer):
     """Real text, which TRL tokenizes itself."""
+    trainer_class = "SeveritySFTTrainer"
 
     def __init__(self, folder, tiny, table):
-        self.transformers = pytest.importorskip("transformers")
-        self.trl, self.datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+        import datasets
+        import transformers
+        import trl
+        self.transformers, self.trl, self.datasets = transformers, trl, datasets
         self.example = load("trl_sft")
         self.folder, self.checkpoint = folder, folder / "checkpoint"
         save_model(*tiny, self.checkpoint)
@@ -117,30 +147,38 @@ class SFT(Trainer):
         tokenizer = tiny[1]
         self.rows = []
         for prompt, response in self.texts:
-            prompt, response = (tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, prompt + response))
-            ids = response + [tokenizer.token_to_id("<|endoftext|>")]
-            assert ids[:len(prompt)] == prompt
-            self.rows.append((ids, [-100] * len(prompt) + ids[len(prompt):]))
+            prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+            ids = tokenizer.encode(prompt + response, add_special_tokens=False).ids
+            assert ids[:len(prompt_ids)] == prompt_ids
+            ids.append(tokenizer.token_to_id("<|endoftext|>"))
+            self.rows.append((ids, [-100] * len(prompt_ids) + ids[len(prompt_ids):]))
 
     def model(self):
         return self.transformers.AutoModelForCausalLM.from_pretrained(self.checkpoint)
 
     def trainer(self, model, weights, chosen, optimizer):
-        dataset = self.datasets.Dataset.from_list([{"prompt": self.texts[i][0], "completion": self.texts[i][1], "weight": weights[i]}
-                                                   for i in chosen])
+        rows = [dict(zip(("prompt", "completion", "weight"), (*self.texts[i], weights[i]))) for i in chosen]
+        dataset = self.datasets.Dataset.from_list(rows)
         args = self.arguments(self.trl.SFTConfig, bf16=False, completion_only_loss=True)
         return self.example.SeveritySFTTrainer(
             model, args, train_dataset=dataset, eval_dataset=dataset, optimizers=(optimizer, None),
             processing_class=self.transformers.AutoTokenizer.from_pretrained(self.checkpoint))
 
 
-@pytest.fixture(params=[Plain, Trainer, SFT])
+with_transformers = pytest.mark.peers("transformers", "accelerate")
+with_trl = pytest.mark.peers("transformers", "accelerate", "datasets", "trl")
+TRAINER = pytest.param(Trainer, marks=with_transformers)
+FUSED = pytest.param(Fused, marks=with_transformers)
+FUSED_LLAMA = pytest.param(FusedLlama, marks=with_transformers)
+SFT_TRAINER = pytest.param(SFT, marks=with_trl)
+TRAINERS = [TRAINER, FUSED, FUSED_LLAMA, SFT_TRAINER]
+of_trainers = pytest.mark.parametrize("example", TRAINERS, indirect=True)
+
+
+@pytest.fixture(params=[Plain, *TRAINERS])
 def example(request, tmp_path, tiny, rows, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return request.param(tmp_path, tiny, rows)
-
-
-of_trainers = pytest.mark.parametrize("example", [Trainer, SFT], indirect=True)
 
 
 def gradient(example, weights, chosen=range(7)):
@@ -174,8 +212,10 @@ def test_step_over_ragged_micro_batches_is_the_formula(example):
 def test_weights_of_one_are_the_unweighted_loss(example):
     """Against cross_entropy, row by row."""
     model = example.model()
-    losses = [F.cross_entropy(example.logits(model, torch.tensor([ids]))[0, :-1], torch.tensor(labels)[1:]) for ids, labels in example.rows]
-    assert_same(gradient(example, [1.0] * 7), flat(torch.autograd.grad(sum(losses) / 7, list(model.parameters()))))
+    losses = [F.cross_entropy(example.logits(model, torch.tensor([ids]))[0, :-1], torch.tensor(labels)[1:])
+              for ids, labels in example.rows]
+    unweighted = torch.autograd.grad(sum(losses) / 7, list(model.parameters()))
+    assert_same(gradient(example, [1.0] * 7), flat(unweighted))
 
 
 def test_severity_is_not_averaged_out(example):
@@ -187,7 +227,8 @@ def test_severity_is_not_averaged_out(example):
     ids, labels = example.rows[5]
     model = example.model()
     terms = nll(lambda ids: example.logits(model, ids), ids, labels)
-    assert_same(gradient(example, alone), flat(torch.autograd.grad(sum(terms) / len(terms), list(model.parameters()))))
+    by_hand = torch.autograd.grad(sum(terms) / len(terms), list(model.parameters()))
+    assert_same(gradient(example, alone), flat(by_hand))
 
 
 def test_plain_loop_gives_the_same_step_however_it_is_cut():
@@ -206,7 +247,7 @@ def test_plain_loop_learns(capsys):
 
 @of_trainers
 def test_two_devices_take_the_step_of_one(example):
-    """Each has some of the rows and counts them; counts and gradients are averaged, as torch.distributed would do."""
+    """Each counts its own rows; counts and gradients are averaged, as torch.distributed would do."""
     shards, counted = [(0, 2, 5, 6), (1, 3, 4)], []
 
     def patch(trainer):
@@ -215,7 +256,8 @@ def test_two_devices_take_the_step_of_one(example):
             return torch.tensor(3.5)
         trainer.accelerator.reduce = reduce
     example.patch = patch
-    assert_same(sum(gradient(example, WEIGHTS, chosen=shard) for shard in shards) / 2, gradient_by_hand(example, WEIGHTS))
+    both = sum(gradient(example, WEIGHTS, chosen=shard) for shard in shards) / 2
+    assert_same(both, gradient_by_hand(example, WEIGHTS))
     assert counted == [(4, "mean"), (3, "mean")]
 
 
@@ -236,16 +278,29 @@ def test_evaluation_is_unweighted_and_a_mean_over_examples(example):
 
 
 @of_trainers
-def test_trainers_run_as_scripts_do(example, tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(EXAMPLES.parent)
-    save_model(*tiny, tmp_path / "small")
-    assert math.isfinite(example.example.main(str(tmp_path / "small"), out=str(tmp_path / "run"), max_steps=1))
-
-
-@of_trainers
 def test_a_dropped_weight_column_is_an_error(example):
     """remove_unused_columns is True by default: the column must not vanish in silence."""
     arguments = example.arguments
     example.arguments = lambda kind, **more: arguments(kind, **more | {"remove_unused_columns": True})
     with pytest.raises(KeyError, match="weight"):
         gradient(example, WEIGHTS)
+
+
+@with_transformers
+def test_fused_holds_no_logits(tmp_path):
+    """The head itself is asked for one position a row, in training and in evaluation."""
+    example, positions = Fused(tmp_path), []
+    model = example.model()
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: positions.append(logits.shape[1]))
+    example.train(model, WEIGHTS, range(7))
+    example.evaluate(model, WEIGHTS)
+    assert positions == [1] * 8
+
+
+@pytest.mark.parametrize("example", [TRAINER, FUSED, SFT_TRAINER], indirect=True)
+def test_trainers_run_as_scripts_do(example, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    save_model(*tiny, tmp_path / "small")
+    trainer_class = getattr(example.example, example.trainer_class)
+    loss = example.example.main(str(tmp_path / "small"), str(tmp_path / "run"), 1, trainer_class)
+    assert math.isfinite(loss)

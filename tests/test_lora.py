@@ -95,10 +95,10 @@ def test_saved_and_read_again(adapted, document, tmp_path):
     assert_same(load_model(tmp_path / "run")(*document), model(*document))
 
 
+@pytest.mark.peers("transformers", "peft")
 @torch.no_grad()
 def test_peft_opens_what_is_saved(adapted, golden, document, tmp_path):
-    pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
+    import peft
     from transformers import AutoModelForCausalLM
     for family in ("gpt2", "llama"):
         model = adapted(family)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sevloss import data, device
 from sevloss.evaluation import scores
+from sevloss.evaluation.urgent import urgent
 from sevloss.inputs import tables
 
 CPU = device.choose("cpu", "fp32")
@@ -20,7 +22,7 @@ CPU = device.choose("cpu", "fp32")
 @pytest.fixture
 def examples(rows, tiny):
     pairs = [tables.Pair(i, row["Question"], row["Answer"], None, None, "", {}) for i, row in enumerate(rows[:20])]
-    return data.encode_pairs(pairs, tiny[1], max_length=512, eos_id=0, preprocess="none")
+    return data.encode_pairs(pairs, tiny[1], max_length=512, eos_id=0, preprocess="none")[0]
 
 
 @pytest.mark.parametrize("most_tokens", [1, 200, 4096])
@@ -29,7 +31,7 @@ def test_response_nll_is_a_sum_over_targets(examples, tiny, most_tokens):
     """In the order of the examples, whatever the batches; the prompt does not count, EOS does."""
     model, expected = tiny[0], []
     for i in range(len(examples)):
-        ids = torch.tensor(examples.ids[examples.starts[i]:examples.starts[i + 1]], dtype=torch.long)
+        ids = torch.from_numpy(examples[i]).long()
         logits = model(ids, [len(ids)]) @ model.head_weight.T
         first = examples.first_target[i]
         expected.append(sum(F.cross_entropy(logits[t - 1], ids[t]).item() for t in range(first, len(ids))))
@@ -37,6 +39,28 @@ def test_response_nll_is_a_sum_over_targets(examples, tiny, most_tokens):
     assert nll.dtype == torch.float64
     torch.testing.assert_close(nll, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-4)
     assert len(set(expected)) == len(expected)  # or a wrong order would not show
+
+
+def test_response_nll_of_some_rows(examples, tiny):
+    """In any order; 0 for the others."""
+    nll = scores.response_nll(tiny[0], examples, CPU, indices=[7, 2, 11], most_tokens=60)
+    whole = scores.response_nll(tiny[0], examples, CPU)
+    assert nll.nonzero().squeeze(1).tolist() == [2, 7, 11]
+    torch.testing.assert_close(nll[[2, 7, 11]], whole[[2, 7, 11]], rtol=1e-5, atol=1e-4)
+
+
+def test_response_nll_casts_a_weight_once(examples, tiny):
+    """Not once a batch: autocast remembers it, as long as it is not in inference mode."""
+    casts = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function is torch.ops.aten._to_copy.default and arguments[0] is tiny[0].head_weight:
+                casts.append(function)
+            return function(*arguments, **(options or {}))
+    with Watch():
+        scores.response_nll(tiny[0], examples, device.choose("cpu", "bf16"), most_tokens=60)
+    assert len(casts) == 1
 
 
 def test_response_nll_switches_dropout_off(examples, tiny):
@@ -57,17 +81,10 @@ def test_perplexity_is_of_all_tokens_together():
 
 # --- means ----------------------------------------------------------------------------------------------------------------
 
-def test_summary_by_hand():
-    """Row scores are means, token scores sums over sums, also within a class and weighted by p(critical)."""
-    row_scores = [scores.Score("urgent", [True, False, True]), scores.Score("NLL", torch.tensor([2.0, 30.0, 8.0]), np.array([1, 9, 2]))]
+def test_groups_of_rows():
     groups = scores.row_groups([2, 0, None], critical=[0.5, 0.25, 0.0])
-    assert list(groups) == ["all", "non-critical", "critical", "by p(critical)"]
-    means = scores.summary(row_scores, groups)
-    assert means["all"] == pytest.approx({"urgent": 2 / 3, "NLL": 40 / 12})
-    assert means["critical"] == pytest.approx({"urgent": 1, "NLL": 2})
-    assert means["non-critical"] == pytest.approx({"urgent": 0, "NLL": 30 / 9})
-    assert means["by p(critical)"] == pytest.approx({"urgent": 0.5 / 0.75, "NLL": (0.5 * 2 + 0.25 * 30) / (0.5 * 1 + 0.25 * 9)})
-    assert math.isnan(row_scores[0].mean(np.zeros(3)))
+    assert {name: weights.tolist() for name, weights in groups.items()} == {
+        "all": [1, 1, 1], "non-critical": [0, 1, 0], "critical": [1, 0, 0], "by p(critical)": [0.5, 0.25, 0]}
     assert list(scores.row_groups([None, None])) == ["all"]
 
 
@@ -174,12 +191,12 @@ NOT_URGENT = ["لا داعي للطوارئ", "ما في داعي تروح عا�
 
 @pytest.mark.parametrize("text", sum(URGENT.values(), []))
 def test_urgent(text):
-    assert scores.urgent(text)
+    assert urgent(text)
 
 
 @pytest.mark.parametrize("text", NOT_URGENT)
 def test_not_urgent(text):
-    assert not scores.urgent(text)
+    assert not urgent(text)
 
 
 def test_urgent_on_the_sample():
@@ -187,6 +204,6 @@ def test_urgent_on_the_sample():
     lines = Path(__file__).parents[1].joinpath("data/sample.jsonl").read_text(encoding="utf-8").splitlines()
     found = {name: [] for name in ("critical", "non-critical")}
     for row in map(json.loads, lines):
-        found.get(row["Severity"], []).append(scores.urgent(row["Answer"]))
+        found.get(row["Severity"], []).append(urgent(row["Answer"]))
     assert np.mean(found["critical"]) > 0.95
     assert np.mean(found["non-critical"]) < 0.1

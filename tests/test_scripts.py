@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from sevloss import checkpoint, data, device
 from sevloss.evaluation import findings, scores
 from sevloss.inputs import tables
 from sevloss.models import eos_ids, load_model, load_tokenizer, save_model
+from sevloss.models.tiny import tiny_bert, tiny_gpt2
+from sevloss.optimizer import adamw, set_learning_rate
 
 ROOT = Path(__file__).parent.parent
 METRICS = ["step", "loss", "lr", "grad_norm", "examples", "tokens", "supervised_tokens", "seconds"]
@@ -77,7 +80,7 @@ def test_three_scripts_in_a_row(table, tmp_path):
     start("finetune.py", "--data", "table.jsonl", "--classifier", "runs/classifier-001", "--max-steps", "2")
     start("evaluate.py", "--max-new-tokens", "4")
     assert (tmp_path / "annotated.tsv").is_file()
-    assert (tmp_path / "runs/finetune-001/best/model.safetensors").is_file()
+    assert (tmp_path / "runs/finetune-001/model.safetensors").is_file()
     assert (tmp_path / "runs/finetune-001/evaluation/table.txt").is_file()
     assert json.loads((tmp_path / "runs/finetune-001/run.json").read_text())["arguments"]["data"] == "table.jsonl"  # as typed
     refused = start("finetune.py", "--weighting", "hard", code=2)
@@ -92,13 +95,11 @@ def test_run_folder(base, table):
     assert facts["arguments"]["weighting"] == "balanced" and facts["coefficients"] == [0.5, 1.0, 1.5] and facts["steps"] == 21
     assert {"python", "torch", "tokenizers", "safetensors", "numpy"} == set(facts["versions"])
     assert facts["data_fingerprint"] == str(data.Fingerprint(tables.read_pairs(table, needed=BOTH)))
-    for part in (base, base / "best"):
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in part.iterdir()}
-        assert load_model(part).raw_config["sevloss"] == {"prompt": data.PROMPT, "preprocess": "arabert"}
-    assert not list(base.rglob("*.tmp"))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in base.iterdir()}
+    assert load_model(base).raw_config["sevloss"] == {"prompt": data.PROMPT, "preprocess": "arabert"}
+    assert not list(base.rglob("*.tmp")) and not (base / "best").exists()
     state = torch.load(base / "state" / "training.pt", weights_only=True)
-    assert state["progress"]["step"] == 21
-    assert all(torch.equal(tensor, state["model"][name]) for name, tensor in load_model(base).state_dict().items())
+    assert state["progress"]["step"] == 21 and facts["split_rule"] == data.SPLIT_RULE
 
 
 def test_metrics_are_a_line_per_step(base, table):
@@ -106,44 +107,86 @@ def test_metrics_are_a_line_per_step(base, table):
     written = lines(base / "metrics.jsonl")
     assert [list(line) for line in written] == [METRICS] * 21
     assert [line["step"] for line in written] == list(range(1, 22))
-    train = data.split_pairs(tables.read_pairs(table, needed=BOTH))["train"]
-    examples = data.encode_pairs(train, load_tokenizer(base), max_length=512, eos_id=eos_ids(load_model(base))[0], preprocess="arabert")
+    train, examples = examples_of(base, table, "train")
     per_epoch = math.ceil(len(train) / 20)
     for epoch in (written[:per_epoch], written[per_epoch:2 * per_epoch]):
         assert sum(line["examples"] for line in epoch) == len(train)
         assert sum(line["tokens"] for line in epoch) == examples.input_lengths.sum()
         assert sum(line["supervised_tokens"] for line in epoch) == examples.target_counts.sum()
     assert written[-1]["loss"] < 0.7 * written[0]["loss"]  # it learns
-    assert [line["lr"] for line in written] == pytest.approx([2e-3 * finetune.learning_rate(step, 21, 0.05) for step in range(21)])
+    assert [line["lr"] for line in written] == pytest.approx([rate(step, 21, 1, peak=2e-3) for step in range(21)])
+
+
+def rate(step, steps, warmup_steps, peak=1.0):
+    return set_learning_rate(torch.optim.SGD([torch.zeros(1)]), peak, step, steps, warmup_steps)
+
+
+def test_tiny_models_are_the_same_every_time(rows):
+    """The trainer of word pieces numbers letters by chance, which would make the same seed another classifier."""
+    texts = [row["Question"] for row in rows]
+    for make in (tiny_gpt2, lambda texts: tiny_bert(texts, num_labels=3)):
+        vocabularies = [make(texts)[1].get_vocab() for _ in range(4)]
+        assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
 
 
 def test_learning_rate():
-    """Rises to the peak in the warm-up, then falls; never 0, where a step would be wasted."""
-    factors = [finetune.learning_rate(step, 100, 0.1) for step in range(100)]
+    """Rises to the peak in the warm-up, then falls; never 0, where a step would be wasted; set in every group."""
+    factors = [rate(step, 100, 10) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert factors[10] == 1 and factors[9:] == sorted(factors[9:], reverse=True) and factors[55] == 0.5 and factors[99] > 0
-    assert finetune.learning_rate(0, 1, 0.05) == 1 and finetune.learning_rate(0, 3, 0) == 1
+    assert rate(0, 1, 0) == 1 and rate(0, 3, 0) == 1
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}])
+    set_learning_rate(optimizer, 1.0, 0, 100, 10)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
 
 
-def validation_nll(run, part, table):
-    model, tokenizer = load_model(part), load_tokenizer(part)
-    pairs = data.split_pairs(tables.read_pairs(table, needed=BOTH))["validation"]
-    examples = data.encode_pairs(pairs, tokenizer, max_length=512, eos_id=eos_ids(model)[0], preprocess="arabert")
+def test_norms_and_biases_do_not_decay(tiny):
+    groups = adamw(tiny[0], 1e-3, 0.1).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert {p.ndim for p in groups[0]["params"]} == {2} and {p.ndim for p in groups[1]["params"]} == {1}
+    assert sum(len(group["params"]) for group in groups) == len(list(tiny[0].parameters()))
+
+
+def examples_of(run, table, side):
+    """(the pairs of a side, their Examples as the run's tokenizer gives them)"""
+    pairs = data.split_pairs(tables.read_pairs(table, needed=BOTH))[side]
+    examples, _ = data.encode_pairs(pairs, load_tokenizer(run), max_length=512, eos_id=eos_ids(load_model(run))[0],
+                                    preprocess="arabert")
+    return pairs, examples
+
+
+def scaled_rates(patch, factor):
+    """Learning rates by a function of the step, in place of the schedule."""
+    patch.setattr(finetune, "set_learning_rate", lambda optimizer, peak, step, steps, warmup_steps:
+                  set_learning_rate(optimizer, 1e9 * peak * factor(step), 0, 10 ** 9, 10 ** 9))
+
+
+def validation_nll(model, run, table):
+    _, examples = examples_of(run, table, "validation")
     return scores.per_token(scores.response_nll(model, examples, device.choose("cpu", "fp32")), examples.target_counts)["nll"]
 
 
 def test_best_has_the_lowest_validation_nll_of_all_saves(folder, table, base):
     """Also where it is not the last; unweighted, over validation rows."""
-    out, seen = folder / "worse-again", []
+    out = folder / "worse-again"
+    seen = []
+    original = checkpoint.save_state
+
+    def save_state(run, model, *rest):
+        original(run, model, *rest)
+        seen.append(validation_nll(model, base, table))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "learning_rate", lambda step, steps, warmup: 0.1 if step < 3 else 20)
-        original = checkpoint.save_state
-        patch.setattr(checkpoint, "save_state", lambda *args: (original(*args), seen.append(validation_nll(out, out, table))))
+        scaled_rates(patch, lambda step: 0.1 if step < 3 else 20)
+        patch.setattr(checkpoint, "save_state", save_state)
         call(finetune, "--ckpt", base, "--data", table, "--out", out, "--max-steps", 6, "--save-every", 1, "--dtype", "fp32", "--lr", 1e-3)
     progress = torch.load(out / "state" / "training.pt", weights_only=True)["progress"]
     assert 0 < np.argmin(seen) < 5  # or the test is blind
     assert progress["best_step"] == np.argmin(seen) + 1 and progress["best"] == pytest.approx(min(seen), rel=1e-5)
-    assert validation_nll(out, out / "best", table) == pytest.approx(min(seen), rel=1e-5)
+    assert validation_nll(load_model(out), out, table) == pytest.approx(min(seen), rel=1e-5)
+    state = torch.load(out / "state" / "training.pt", weights_only=True)["model"]
+    last = load_model(out)
+    last.load_state_dict(state)
+    assert validation_nll(last, out, table) == pytest.approx(seen[-1], rel=1e-5)  # the last step's weights: in the state
 
 
 # ------------------------------------------------------------------ finetune.py: the loss of a step
@@ -154,12 +197,11 @@ def test_loss_of_a_step_against_a_loop(folder, base, table, normalise):
     out = folder / f"loop-{normalise}"
     call(finetune, "--ckpt", base, "--data", table, "--out", out, "--max-steps", 1, "--batch-size", 17, "--normalise", normalise,
          "--weighting", "0.2,1,3", "--micro-tokens", 150, "--seed", 3, "--dtype", "fp32")
-    model, tokenizer = load_model(base), load_tokenizer(base)
-    train = data.split_pairs(tables.read_pairs(table, needed=BOTH))["train"]
-    examples = data.encode_pairs(train, tokenizer, max_length=512, eos_id=eos_ids(model)[0], preprocess="arabert")
+    model = load_model(base)
+    train, examples = examples_of(base, table, "train")
     weighted, nlls, lengths = [], [], []
     for i in np.random.default_rng([3, 0]).permutation(len(train))[:17]:
-        ids = torch.tensor(examples.ids[examples.starts[i]:examples.starts[i + 1]], dtype=torch.long)
+        ids = torch.tensor(examples[i], dtype=torch.long)
         first = examples.first_target[i]
         with torch.no_grad():
             nll = F.cross_entropy((model(ids, [len(ids)]) @ model.head_weight.T)[first - 1:-1], ids[first:], reduction="sum")
@@ -200,6 +242,16 @@ def test_weighting_none_gives_weight_1(folder, table, write_table, rows):
     assert torch.equal(weights_of(folder, bare, "bare", "--weighting", "none"), torch.ones(len(train)))
 
 
+def test_the_control_trains_on_the_same_rows(folder, write_table, rows):
+    """A table that is annotated in part: what balanced has to leave out, none leaves out too."""
+    partly = [row | dict.fromkeys(("Non-Critical", "Neutral", "Critical"), "") if i % 3 == 0 else row for i, row in enumerate(rows)]
+    partly = write_table("partly.csv", partly)
+    runs = {name: weights_of(folder, partly, f"partly-{name}", "--weighting", name) for name in ("none", "balanced")}
+    assert len(runs["none"]) == len(runs["balanced"]) < 0.8 * 2 / 3 * len(rows) + 10
+    facts = [json.loads((folder / f"partly-{name}" / "run.json").read_text())["data_fingerprint"] for name in runs]
+    assert facts[0] == facts[1]
+
+
 def test_critical_rows_weigh_most(folder, table):
     """balanced: 0.5, 1, 1.5 for the three classes, here with 0.8 of certainty."""
     train = data.split_pairs(tables.read_pairs(table, needed=BOTH))["train"]
@@ -225,9 +277,8 @@ def test_test_rows_do_not_reach_training(folder, table, base, write_table, rows)
     call(finetune, "--data", write_table("changed.jsonl", changed), "--out", folder / "changed", "--max-steps", 21, "--save-every", 4,
          "--batch-size", 20)
     assert without_seconds(folder / "changed") == without_seconds(base)
-    for part in ("", "best"):
-        for name in ("model.safetensors", "tokenizer.json"):
-            assert (folder / "changed" / part / name).read_bytes() == (base / part / name).read_bytes()
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (folder / "changed" / name).read_bytes() == (base / name).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -253,15 +304,17 @@ class Casts(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def test_weights_are_cast_once_a_step(folder, base, table, monkeypatch):
-    """However many micro-batches: autocast keeps what it has cast until its context is left."""
+def test_weights_are_cast_once_a_forward_pass(folder, base, table):
+    """Autocast keeps what it has cast until its context is left: once a micro-batch, here 5 a step or 1; and once to validate."""
     counted = []
     for micro_tokens in (1, 10 ** 6):
         with Casts() as casts:
             call(finetune, "--ckpt", base, "--data", table, "--out", folder / f"casts-{micro_tokens}", "--max-steps", 2, "--batch-size", 5,
                  "--micro-tokens", micro_tokens, "--dtype", "bf16", "--save-every", 100)
         counted.append({shape: n for shape, n in casts.shapes.items() if shape in shapes_of_linears(base)})
-    assert counted[0] == counted[1] and counted[0]
+    passes = [2 * 5 + 1, 2 * 1 + 1]  # two steps, and the validation
+    assert counted[0] and {shape: n / passes[0] for shape, n in counted[0].items()} == {
+        shape: n / passes[1] for shape, n in counted[1].items()}
 
 
 def shapes_of_linears(run):
@@ -298,7 +351,7 @@ def stopped(number, *arguments):
 
 def test_resumed_run_is_the_same_to_the_bit(folder, table, base, monkeypatch):
     """With dropout, so that the random generators count; twice stopped, across the end of an epoch; the best step is an early one."""
-    monkeypatch.setattr(finetune, "learning_rate", lambda step, steps, warmup: 0.1 if step < 2 else 10 + step)
+    scaled_rates(monkeypatch, lambda step: 0.1 if step < 2 else 10 + step)
     dropping = folder / "dropping"
     shutil.copytree(base, dropping)
     config = json.loads((base / "config.json").read_text())
@@ -313,10 +366,11 @@ def test_resumed_run_is_the_same_to_the_bit(folder, table, base, monkeypatch):
     stopped(2, *arguments, "--out", parts, "--resume")
     call(finetune, *arguments, "--out", parts, "--resume")
     assert without_seconds(parts) == without_seconds(whole)
-    for name in ("model.safetensors", "best/model.safetensors", "tokenizer.json", "config.json"):
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
     ended = [torch.load(run / "state" / "training.pt", weights_only=True) for run in (whole, parts)]
-    assert ended[0]["progress"] == ended[1]["progress"] and torch.equal(ended[0]["torch"], ended[1]["torch"])
+    assert ended[0]["progress"] == ended[1]["progress"] and torch.equal(ended[0]["rng"], ended[1]["rng"])
+    assert all(torch.equal(ended[0]["model"][name], ended[1]["model"][name]) for name in ended[0]["model"])
     assert ended[0]["progress"]["best_step"] == 2  # or a forgotten best would not show
 
     before = (parts / "model.safetensors").read_bytes()
@@ -324,22 +378,22 @@ def test_resumed_run_is_the_same_to_the_bit(folder, table, base, monkeypatch):
     assert (parts / "model.safetensors").read_bytes() == before and len(lines(parts / "metrics.jsonl")) == 9
 
 
-def test_model_and_state_never_disagree_after_the_end(folder, table, base):
-    """Stopped between the two parts of the last save: going on makes good for it."""
+def test_stop_between_state_and_model_is_mended(folder, table, base):
+    """The state is saved first; where the model of its step, the best so far, did not come to be written, resuming does it."""
     out = folder / "torn"
     arguments = ["--ckpt", base, "--data", table, "--out", out, "--max-steps", 2, "--save-every", 1, "--dtype", "fp32"]
     saved = []
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        def tear(model, tokenizer, run, original=checkpoint.save_model):
+        def tear(model, tokenizer, run, original=finetune.save_model):
             saved.append(run)
-            if saved == [out, out]:
-                (run / "model.safetensors").write_bytes(b"half")
+            if len(saved) == 2:
                 raise Stop
             original(model, tokenizer, run)
-        patch.setattr(checkpoint, "save_model", tear)
+        patch.setattr(finetune, "save_model", tear)
         call(finetune, *arguments)
-    call(finetune, *arguments, "--resume")
     state = torch.load(out / "state" / "training.pt", weights_only=True)
+    assert state["progress"]["best_step"] == state["progress"]["step"] == 2
+    call(finetune, *arguments, "--resume")
     assert all(torch.equal(tensor, state["model"][name]) for name, tensor in load_model(out).state_dict().items())
 
 
@@ -368,13 +422,16 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
     refused("changed: --lr was 0.002, is 0.01", "--lr", 0.01)
     refused("changed: --weighting was balanced, is mild", "--weighting", "mild")
     refused("changed: --data was", "--data", write_table("copy.jsonl", rows))
-    refused("is broken; start again", change=lambda: (run / "state" / "training.pt").write_bytes(b"half a file"))
+    refused("is broken; start a new run", change=lambda: (run / "state" / "training.pt").write_bytes(b"half a file"))
     refused("was stopped before its first save", change=lambda: shutil.rmtree(run / "state"))
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").unlink())
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").write_text("{}\n"))
     refused("cannot be read as JSON", change=lambda: (run / "run.json").write_text('{"script": "finet'))
-    refused("is no run of finetune.py", change=lambda: (run / "run.json").write_text("{}"))
+    before = json.loads((base / "run.json").read_text())
+    refused("is no run of finetune.py", change=lambda: (run / "run.json").write_text(json.dumps(before | {"script": "a.py"})))
     refused("holds no run", change=lambda: (run / "run.json").unlink())
+    refused("is a run of an older version", change=lambda: (run / "best").mkdir())
+    refused("was made with split rule 1", change=lambda: (run / "run.json").write_text(json.dumps(before | {"split_rule": 1})))
     text = table.read_text(encoding="utf-8")
     try:
         table.write_text(text.replace("علاج", "دواء", 1), encoding="utf-8")
@@ -433,11 +490,11 @@ def whole(tiny, folder):
 
 def test_lora(whole, table, folder, monkeypatch):
     """Adapters alone are trained and written; a stopped run goes on to the bit; merged, it is a model like any other."""
-    monkeypatch.chdir(folder)  # runs/cache
+    monkeypatch.chdir(folder)  # runs/encoded
     common = ["--ckpt", whole, "--data", table, "--dtype", "fp32", "--lr", 0.01, "--lora", 2, "--batch-size", 16, "--save-every", 3]
     call(finetune, *common, "--max-steps", 6, "--out", folder / "lora", "--merge")
     assert not (folder / "lora" / "model.safetensors").exists() and losses(folder / "lora")[-1] < losses(folder / "lora")[0]
-    adapted, merged, before = (load_model(path) for path in (folder / "lora" / "best", folder / "lora" / "merged", whole))
+    adapted, merged, before = (load_model(path) for path in (folder / "lora", folder / "lora" / "merged", whole))
     changed = {name for name, p in adapted.state_dict().items() if not torch.equal(p, before.state_dict()[name])}
     assert changed and all(name.endswith(("c_attn.weight", "c_proj.weight")) for name in changed)
     assert all(torch.equal(p, merged.state_dict()[name]) for name, p in adapted.state_dict().items())
@@ -458,6 +515,17 @@ def test_lora(whole, table, folder, monkeypatch):
     adapters = [(folder / run / "adapter_model.safetensors").read_bytes() for run in ("lora", "stopped_lora")]
     assert adapters[0] == adapters[1]
     call(evaluate, folder / "lora", "--data", table, "--max-new-tokens", 3, "--dtype", "fp32", "--bertscore", "none")
+
+
+def test_a_finished_run_is_merged_later(whole, table, folder, monkeypatch):
+    """Neither --merge nor --gradient-checkpointing changes a run, so going on may add them: just when memory ran out one needs it."""
+    monkeypatch.chdir(folder)
+    common = ["--ckpt", whole, "--data", table, "--dtype", "fp32", "--lora", 2, "--max-steps", 2, "--out", folder / "merged_later"]
+    call(finetune, *common)
+    assert not (folder / "merged_later" / "merged").exists()
+    call(finetune, *common, "--resume", "--merge", "--gradient-checkpointing")
+    adapted, merged = load_model(folder / "merged_later"), load_model(folder / "merged_later" / "merged")
+    assert all(torch.equal(p, merged.state_dict()[name]) for name, p in adapted.state_dict().items())
 
 
 def test_recipe_paper(whole, table, folder, monkeypatch):
@@ -498,11 +566,11 @@ def test_lora_refusals(arguments, message, capsys):
 
 def test_answers_with_unicode_line_separators(tmp_path):
     """They end a line for Python's splitlines, not in JSON."""
-    head = {"name": "a", "protocol": {"rows": 1}}
+    head = {"name": "a", "run": {}, "protocol": {"rows": 1}}
+    answer = findings.Answer(1, "أ", "ب", None, None, "", "نعم\u2028لا\u0085", True, 1.0, 2)
     path = tmp_path / "answers.jsonl"
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, {"row": 1, "answer": "نعم\u2028لا\u0085"})),
-                    encoding="utf-8")
-    assert findings.load_answers(path).rows[0]["answer"] == "نعم\u2028لا\u0085"
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, asdict(answer))), encoding="utf-8")
+    assert findings.load_answers(path).rows == [answer]
     checkpoint.keep_lines(path, 2)
     assert len(findings.load_answers(path).rows) == 1
 
@@ -538,6 +606,7 @@ REFUSED = [
     (finetune, "--data {table} --batch-size -1", "--batch-size must be positive"),
     (finetune, "--data {table} --seed -1", "--seed must be at least 0"),
     (finetune, "--data {table} --max-length 6", "too few for a prompt"),
+    (finetune, "--data {table} --recipe paper", "--recipe paper adapts a checkpoint with LoRA: name one"),
     (finetune, "--data {table} --device tpu", "--device is auto, cpu, cuda or cuda:N"),
     (train_classifier, "--data {bare}", "no column for the severity"),
     (train_classifier, "--data {table} --out {classifier}", "exists and is not empty"),
@@ -564,7 +633,7 @@ def test_refused_in_one_line(bad, capsys, monkeypatch, tmp_path, script, argumen
     refusal(script, *arguments.format(**bad).split())
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
-    assert not (tmp_path / "runs").exists()  # nothing begun
+    assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]  # nothing begun
 
 
 def test_default_runs_are_numbered(tmp_path, monkeypatch):

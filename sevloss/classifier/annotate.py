@@ -17,26 +17,34 @@ from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
 
-FIELDS = ("Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical")  # of the paper's annotated table
+FIELDS = ("Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical")  # of the paper's table
 CHUNK = 8192  # rows in memory at a time
 
 
-@torch.inference_mode()
-def class_logits(model, id_lists, compute, *, most_tokens=8192, progress=None):
-    """(n, 3) fp32 logits on the CPU, in the order given; inside sorted by length, so that equal lengths share an attention call."""
+@torch.no_grad()  # not inference_mode: autocast would cast the weights anew for each batch
+def class_logits(model, id_lists, compute, *, max_tokens=8192, progress=None):
+    """id_lists (n lists of token ids) -> (n, 3) fp32 logits on the CPU, in the same order.
+
+    The texts go through the model sorted by length, so that equal lengths share an attention call, at most
+    max_tokens at once. progress: a tqdm that counts texts.
+    """
     model.eval()
-    logits = torch.empty(len(id_lists), 3)
+    order, parts = [], []
     with compute.autocast():
-        for part in data.micro_batches([len(ids) for ids in id_lists], range(len(id_lists)), most_tokens):
-            tokens, lengths = data.pack([id_lists[i] for i in part], compute.device)
-            logits[part] = model.classify(tokens, lengths).float().cpu()
+        for batch in data.micro_batches([len(ids) for ids in id_lists], range(len(id_lists)), max_tokens):
+            tokens, lengths = data.pack([id_lists[i] for i in batch], compute.device)
+            parts.append(model.classify(tokens, lengths).float())  # (B, 3)
+            order += batch
             if progress is not None:
-                progress.update(len(part))
+                progress.update(len(batch))
+    logits = torch.empty(len(id_lists), 3)
+    logits[order] = torch.cat(parts).cpu()  # the only wait for the device
     return logits
 
 
 def encode_complaints(tokenizer, complaints, *, preprocess, max_length):
-    """Id lists with the tokenizer's [CLS] and [SEP], and how many were cut: a text that is too long loses its end, not its [SEP]."""
+    """(id lists with the tokenizer's [CLS] and [SEP], how many were cut): a text that is too long loses its
+    end, not its [SEP]."""
     return data.encode_and_cut(tokenizer, [data.prepare(c, preprocess) for c in complaints], max_length)
 
 
@@ -49,31 +57,39 @@ class Classifier:
     temperature: float
     preprocess: str
     max_length: int
-    out_of_fold: dict  # key of a complaint -> probabilities from a model that was not trained on it
-    trained_on: set  # keys of the complaints that the model has seen
+    out_of_fold: dict  # complaint_id -> probabilities from a model that was not trained on it
+    trained_on: set  # complaint_ids that the model has seen
 
     @classmethod
     def load(cls, run, compute):
-        facts = hub.read_json(Path(run) / "run.json") if (Path(run) / "run.json").is_file() else {}
-        if facts.get("script") != "train_classifier.py":
+        """InputError where the folder holds no finished run of this version."""
+        run = Path(run)
+        run_json = hub.read_json(run / "run.json") if (run / "run.json").is_file() else {}
+        if run_json.get("script") != "train_classifier.py":
             raise InputError(f"{run} is no run of train_classifier.py")
-        if not (Path(run) / "classifier.json").is_file():
+        if not (run / "classifier.json").is_file():
             raise InputError(f"{run} was stopped before it was finished: train it again")
-        result = hub.read_json(Path(run) / "classifier.json")
+        result = hub.read_json(run / "classifier.json")
+        if result.get("split_rule", 1) != data.SPLIT_RULE:
+            raise InputError(f"{run} was made by an older version: train it again")
         model = load_model(run, device=compute.device)
         try:
-            return cls(Path(run), model, load_tokenizer(run), result["temperature"], facts["preprocess"],
-                       min(facts["max_length"], model.config.context), result["out_of_fold"], set(result["trained_on"]))
+            return cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
+                       min(run_json["max_length"], model.config.context), result["out_of_fold"],
+                       set(result["trained_on"]))
         except KeyError as error:
-            raise InputError(f"{run} is broken, {error} is missing in its run.json or classifier.json: train it again") from error
+            raise InputError(f"{run} is broken, {error} is missing in its run.json or classifier.json: "
+                             "train it again") from error
 
     def probabilities(self, complaints, compute, progress=None):
-        """(n, 3) calibrated probabilities of (non-critical, neutral, critical); number of complaints cut to the longest length.
+        """(n, 3) calibrated probabilities of (non-critical, neutral, critical); how many complaints were cut.
 
         A complaint that the model was trained on gets its out-of-fold probabilities, where the run has them.
         """
-        ids, cut = encode_complaints(self.tokenizer, complaints, preprocess=self.preprocess, max_length=self.max_length)
-        probabilities = (class_logits(self.model, ids, compute, progress=progress) / self.temperature).softmax(-1)
+        ids, cut = encode_complaints(self.tokenizer, complaints, preprocess=self.preprocess,
+                                     max_length=self.max_length)
+        logits = class_logits(self.model, ids, compute, progress=progress)
+        probabilities = (logits / self.temperature).softmax(-1)
         if self.out_of_fold:
             for i, complaint in enumerate(complaints):
                 known = self.out_of_fold.get(data.complaint_id(complaint))
@@ -82,11 +98,14 @@ class Classifier:
         return probabilities, cut
 
     def seen(self, complaints):
-        """How many of the complaints the model was trained on without out-of-fold probabilities for them: it is too sure of these."""
-        return sum(key in self.trained_on and key not in self.out_of_fold for key in map(data.complaint_id, complaints))
+        """How many of the complaints the model was trained on, without out-of-fold probabilities for them: it
+        is too sure of these."""
+        ids = [data.complaint_id(complaint) for complaint in complaints]
+        return sum(i in self.trained_on and i not in self.out_of_fold for i in ids)
 
 
 def check_target(to):
+    """InputError where no annotated table can be written."""
     if Path(to).suffix.lower() not in (".jsonl", ".csv", ".tsv"):
         raise InputError(f"--to {to}: an annotated table is written as .jsonl, .csv or .tsv")
     if Path(to).exists():
@@ -94,58 +113,66 @@ def check_target(to):
 
 
 def annotate_table(classifier, table, to, columns, compute):
-    """Writes the table with the paper's six fields, then its other columns, to a .jsonl, .csv or .tsv file, rows in their order.
+    """Writes the table with the paper's six fields, then its other columns, to a .jsonl, .csv or .tsv file.
 
-    Severity is the likeliest class; a label that the row came with stays. Rows that cannot be scored are counted by reason.
-    Until it is complete the file is called `to`.partial; the same call goes on after its last chunk, so memory and what a stop
-    can lose are bounded by CHUNK rows.
+    Severity is the likeliest class; a label that the row came with stays. Rows stay in their order; those
+    without a complaint are left out. Until it is complete the file is called `to`.partial; the same call goes
+    on after its last chunk, so memory and what a stop can lose are bounded by CHUNK rows.
     """
     to = Path(to)
     check_target(to)
     to.parent.mkdir(parents=True, exist_ok=True)
-    partial, journal = Path(f"{to}.partial"), Path(f"{to}.partial.json")
-    work = {"table": data.file_fingerprint(table), "columns": columns,
-            "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
-    before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
-    fresh = {"work": work, "rows": 0, "bytes": 0, "cut": 0, "seen": 0, "labelled": 0}
-    state = fresh | before if before.get("work") == work else fresh
 
-    skipped = tables.Skipped()
-    pairs = tables.iterate_pairs(table, needed=("complaint",), columns=columns, skipped=skipped)
-    if state["rows"]:
-        print(f"{to}: going on after row {state['rows']:,}")
-        for _ in islice(pairs, state["rows"]):
-            pass
-    chunk, total = list(islice(pairs, CHUNK)), tables.count_rows(table)  # read before anything is written
-    if not chunk and not state["rows"]:
-        raise InputError(f"{table}: no row could be scored; {skipped}")
-    with open(partial, "r+" if state["rows"] else "w", encoding="utf-8", newline="") as file, \
-            tqdm(total=total, initial=state["rows"], unit="row", desc="severity", mininterval=1) as bar:
-        file.truncate(state["bytes"])
+    # How far a call before this one came
+    partial = Path(f"{to}.partial")
+    journal = Path(f"{to}.partial.json")
+    job = {"table": data.file_fingerprint(table), "columns": columns,
+           "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
+    progress = {"job": job, "rows": 0, "bytes": 0, "cut": 0, "seen": 0, "labelled": 0}
+    if journal.exists() and partial.exists():
+        before = hub.read_json(journal)
+        if before.get("job") == job:
+            progress = before
+            print(f"{to}: going on after row {progress['rows']:,}")
+
+    # The next rows; a table that cannot be read is refused before anything is written
+    total = sum(1 for _ in tables.read_rows(table))
+    pairs = tables.usable_pairs(table, needed=("complaint",), columns=columns)
+    for _ in islice(pairs, progress["rows"]):
+        pass
+    chunk = list(islice(pairs, CHUNK))
+
+    with open(partial, "r+" if progress["rows"] else "w", encoding="utf-8", newline="") as file, \
+            tqdm(total=total, initial=progress["rows"], unit="row", desc="severity", mininterval=1) as bar:
+        file.truncate(progress["bytes"])
         file.seek(0, os.SEEK_END)
         while chunk:
-            complaints = [p.complaint for p in chunk]
+            complaints = [pair.complaint for pair in chunk]
             probabilities, cut = classifier.probabilities(complaints, compute, bar)
-            write_rows(file, to.suffix.lower(), chunk, probabilities, header=not state["rows"])
+            write_rows(file, to.suffix.lower(), chunk, probabilities, header=not progress["rows"])
             file.flush()
-            state |= {"rows": state["rows"] + len(chunk), "bytes": file.tell(), "cut": state["cut"] + cut,
-                      "seen": state["seen"] + classifier.seen(complaints),
-                      "labelled": state["labelled"] + sum(p.severity is not None for p in chunk)}
-            checkpoint.write_json(journal, state)
+            progress["rows"] += len(chunk)
+            progress["bytes"] = file.tell()
+            progress["cut"] += cut
+            progress["seen"] += classifier.seen(complaints)
+            progress["labelled"] += sum(pair.severity is not None for pair in chunk)
+            checkpoint.write_json(journal, progress)
             chunk = list(islice(pairs, CHUNK))
     os.replace(partial, to)
     journal.unlink()
-    print(f"wrote {to}: {state['rows']:,} rows, {state['cut']:,} complaints cut to {classifier.max_length} tokens")
-    if skipped.rows:
-        print(f"  {skipped}")
-    if state["labelled"]:
-        print(f"  {state['labelled']:,} rows came with a severity, which stays; without that column it would be the likeliest class")
-    if state["seen"]:
-        print(f"  the classifier was trained on {state['seen']:,} of these complaints, so it is too sure of them: train it with --folds 5")
+
+    print(f"wrote {to}: {progress['rows']:,} rows, "
+          f"{progress['cut']:,} complaints cut to {classifier.max_length} tokens")
+    if progress["labelled"]:
+        print(f"  {progress['labelled']:,} rows came with a severity, which stays; "
+              "without that column it would be the likeliest class")
+    if progress["seen"]:
+        print(f"  the classifier was trained on {progress['seen']:,} of these complaints, "
+              "so it is too sure of them: train it with --folds 5")
 
 
 def annotated(classifier_run, table, columns, compute):
-    """Path of the annotated table, made on the first call and kept in the classifier's run folder for the next ones."""
+    """Path of the annotated table, made on the first call and kept in the classifier's run folder."""
     classifier = Classifier.load(classifier_run, compute)
     name = data.digest(data.file_fingerprint(table), columns)
     to = Path(classifier_run) / "annotated" / f"{Path(table).stem}-{name}.jsonl"
@@ -156,18 +183,22 @@ def annotated(classifier_run, table, columns, compute):
     return to
 
 
-def write_rows(file, suffix, pairs, probabilities, *, header):
-    """Appends rows in the form that `suffix` names."""
+def write_rows(file, ending, pairs, probabilities, *, header):
+    """Appends rows to a .jsonl, .csv or .tsv file. probabilities (n, 3); header: write the names first."""
     rows = []
     for pair, row in zip(pairs, probabilities.tolist()):
-        label = pair.severity if pair.severity is not None else max(range(3), key=row.__getitem__)
-        fields = dict(zip(FIELDS, (pair.complaint, pair.response, CLASSES[label], *(round(p, 6) for p in row))))
-        rows.append(fields | {f"{name} (of the table)" if name in fields else name: cell for name, cell in pair.others.items()})
-    if suffix == ".jsonl":
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        label = pair.severity
+        if label is None:
+            label = row.index(max(row))
+        values = (pair.complaint, pair.response, CLASSES[label], *(round(p, 6) for p in row))
+        fields = dict(zip(FIELDS, values))
+        for name, cell in pair.others.items():
+            fields[f"{name} (of the table)" if name in FIELDS else name] = cell
+        rows.append(fields)
+    if ending == ".jsonl":
+        file.writelines(json.dumps(fields, ensure_ascii=False) + "\n" for fields in rows)
         return
-    # "\r\n" ends rows, as then a "\r" inside a cell is quoted
-    writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\r\n")
+    writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if ending == ".tsv" else ",")
     if header:
         writer.writeheader()
     writer.writerows(rows)

@@ -1,219 +1,389 @@
-"""From answers to findings: what models answered, stored and read; scores per row; means, intervals and comparisons of settings."""
+"""From answers to findings: what models answered, stored and read; means, intervals and comparisons of
+settings."""
 
 import json
 import math
 import os
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sevloss import InputError, severity
+from sevloss import InputError
 from sevloss.evaluation import compare, scores
 from sevloss.inputs import hub
 from sevloss.loss import severity_weights
 
 # Runs of one setting may differ in these; the fingerprint of the data stands for the last three.
-FREE_ARGUMENTS = ("seed", "out", "resume", "save_every", "device", "micro_tokens", "gradient_checkpointing", "merge",
-                  "data", "columns", "classifier")
+FREE_ARGUMENTS = ("seed", "out", "resume", "save_every", "device", "micro_tokens", "gradient_checkpointing",
+                  "merge", "data", "columns", "classifier")
+
+
+# --- answers, as they are stored ----------------------------------------------------------------------------
+
+@dataclass
+class Answer:
+    """What one model made of one test row."""
+    row: int  # of the table
+    complaint: str
+    reference: str
+    severity: int | None  # index in severity.CLASSES
+    probabilities: list | None  # of the three classes
+    specialty: str
+    answer: str
+    finished: bool  # it came to its end within the most tokens allowed
+    nll: float  # of the reference and EOS: nats, summed over `tokens` tokens
+    tokens: int
 
 
 @dataclass
 class Answers:
-    """What one model made of the test rows. rows: [{row, complaint, reference, severity, probabilities, specialty, answer, finished,
-    nll, tokens}], in the table's order; protocol: what must be the same for answers to be compared; run: as read_run_json gives it."""
+    """What one model made of all test rows. protocol: what must be the same for answers to be compared; run:
+    as read_run_json gives it."""
     name: str
     protocol: dict
-    rows: list
+    rows: list[Answer]  # in the table's order
     path: Path
     run: dict = field(default_factory=dict)
 
 
 def read_answers(path):
-    """(head, rows) of an answers file: its first line says how it was made, each other one holds a row. ({}, []) where there is none."""
-    records = _records(Path(path))
-    head, rows = records[0] if records else {}, records[1:]
-    if records and not (isinstance(head, dict) and isinstance(head.get("protocol"), dict) and "rows" in head["protocol"]
-                        and "name" in head and all(isinstance(row, dict) and "row" in row for row in rows)):
-        raise InputError(f"{path} is no answers file of evaluate.py, or has lost its first line: if so, remove it and call again")
-    return head, list({row["row"]: row for row in rows}.values())  # two calls at a time may have written a row twice
+    """Answers, maybe of a part of the rows; None where there are none yet. The file's first line says how it
+    was made, each other one is a row."""
+    records = _read_lines(path)
+    if not records:
+        return None
+    try:
+        by_row = {record["row"]: Answer(**record) for record in records[1:]}  # one may be there twice
+        rows = sorted(by_row.values(), key=lambda row: row.row)
+        return Answers(**records[0], rows=rows, path=Path(path))
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{path} is no answers file of evaluate.py, or has lost its first line: if so, "
+                         "remove it and call again") from error
 
 
 def load_answers(path):
-    head, rows = read_answers(path)
-    if not head or len(rows) != head["protocol"]["rows"]:
+    """The answers to all rows."""
+    answers = read_answers(path)
+    if answers is None or len(answers.rows) != answers.protocol.get("rows"):
         raise InputError(f"{path} is not finished: call evaluate.py with its run again")
-    return Answers(head["name"], head["protocol"], sorted(rows, key=lambda row: row["row"]), Path(path), head.get("run", {}))
+    return answers
 
 
-def _records(path):
-    """The lines of a .jsonl file. What a stop left of the last line does not count. Not splitlines(): a text may hold other line breaks,
-    like U+2028."""
-    return _parsed(path, lambda whole: [json.loads(line) for line in whole.split(b"\n")[:-1] if line])
+def check_same(protocols):
+    """{name: protocol}. Refuses to compare what was not made on the same rows, with the same references and
+    decoding."""
+    (first, expected), *others = protocols.items()
+    for name, protocol in others:
+        for key, value in expected.items():
+            found = protocol.get(key)
+            if found == value or key == "table":  # the table's name: the fingerprint stands for what is in it
+                continue
+            what = "rows or references" if key == "fingerprint" else f"{key}: {value} and {found}"
+            raise InputError(f"{first} and {name} cannot be compared, they were evaluated with different "
+                             f"{what}: evaluate both in one call")
 
 
-def _parsed(path, parse):
-    try:
-        return parse(path.read_bytes()) if path.is_file() else []
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}; if it was written here, remove it and call again") from error
-
-
-def check_same(answers):
-    """Refuses to compare what was not made on the same rows, with the same references and decoding."""
-    for other in answers[1:]:
-        for key, value in answers[0].protocol.items():
-            if key != "table" and other.protocol.get(key) != value:  # its name; the fingerprint stands for what is in it
-                what = "rows or references" if key == "fingerprint" else key
-                values = "" if key == "fingerprint" else f": {value} and {other.protocol.get(key)}"
-                raise InputError(f"{answers[0].name} and {other.name} cannot be compared, they were evaluated with different "
-                                 f"{what}{values}: evaluate both in one call")
+def run_folder(name):
+    """The run that `name` is, or whose merged model it is; None for a plain checkpoint."""
+    folder = Path(name).resolve()
+    if folder.name == "merged" and not (folder / "run.json").is_file():
+        folder = folder.parent
+    return folder if (folder / "run.json").is_file() else None
 
 
 def read_run_json(name):
-    """run.json of a run, and which of its models `name` is: {..., "model": "last", "best" or "merged"}; {} for a plain checkpoint."""
-    folder = Path(name).resolve()
-    inside = folder.name in ("best", "merged") and not (folder / "run.json").is_file()
-    run = folder.parent if inside else folder
-    return hub.read_json(run / "run.json") | {"model": folder.name if inside else "last"} if (run / "run.json").is_file() else {}
+    """run.json of the run that `name` is, or whose merged model it is; {} for a plain checkpoint."""
+    folder = run_folder(name)
+    return hub.read_json(folder / "run.json") if folder else {}
+
+
+@contextmanager
+def _reading(path):
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}; if it was written here, remove it and "
+                         "call again") from error
+
+
+def _read_lines(path):
+    """The lines of a .jsonl file, without what a stop left of the last one. Not splitlines(): a text may hold
+    other line breaks, like U+2028."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    with _reading(path):
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+@dataclass
+class Setting:
+    """Runs whose arguments differ in the seed alone."""
+    name: str
+    runs: list[str]
 
 
 def settings_of(answers):
-    """{setting: [names of its runs]}: runs whose arguments differ in the seed alone are one setting. It is called what its runs' names
-    have in common (plain-0, plain-1: plain), or where that does not tell settings apart, by the arguments in which they differ."""
-    given, groups, seeds = {}, defaultdict(list), Counter()
+    """[Setting, ...] of the runs."""
+    arguments = {}  # run -> what must be the same within a setting
+    groups = defaultdict(list)
+    repeats = Counter()
     for a in answers:
-        arguments = a.run.get("arguments", {})
-        given[a.name] = {key: value for key, value in arguments.items() if key not in FREE_ARGUMENTS}
-        given[a.name] |= {key: a.run.get(key) for key in ("model", "data_fingerprint")} if arguments else {}
-        same, seed = json.dumps(given[a.name], sort_keys=True), arguments.get("seed")
-        seeds[same, seed] += 1
-        groups[same, seeds[same, seed]].append(a.name)  # the same seed again, or none, is a setting of its own
+        given = a.run.get("arguments", {})
+        arguments[a.name] = {key: value for key, value in given.items() if key not in FREE_ARGUMENTS}
+        if given:
+            arguments[a.name]["data_fingerprint"] = a.run.get("data_fingerprint")
+        same = json.dumps(arguments[a.name], sort_keys=True)
+        repeats[same, given.get("seed")] += 1  # the same seed again, or none, is a setting of its own
+        groups[same, repeats[same, given.get("seed")]].append(a.name)
     groups = list(groups.values())
-
-    def by(keys):
-        return [", ".join(f"{key} {given[runs[0]].get(key)}" for key in keys) if given[runs[0]] else runs[0] for runs in groups]
-    stems = [runs[0] if len(runs) == 1 else re.sub(r"[-_]*\d*$", "", os.path.commonprefix(runs)) for runs in groups]
-    keys = [key for key in dict.fromkeys(key for g in given.values() for key in g)
-            if len({json.dumps(g.get(key)) for g in given.values() if g}) > 1]
-    for names in (stems, by([key for key in keys if key != "data_fingerprint"]), by(keys)):
-        if len(set(names)) == len(names) and not any(name.endswith("/") or not name for name in names):
-            return dict(zip(names, groups))
-    return {", ".join(runs): runs for runs in groups}
+    return [Setting(name, runs) for name, runs in zip(_setting_names(groups, arguments), groups)]
 
 
-def scores_of(answers, bertscore=None):
-    """[Score, ...] of one model's answers; bertscore: (n,) F1 or None."""
-    def column(key):
-        return [row[key] for row in answers.rows]
-    row_scores = [scores.Score("NLL", column("nll"), column("tokens"))]
-    row_scores += [scores.Score("BERTScore F1", bertscore)] if bertscore is not None else []
-    return row_scores + scores.answer_scores(column("complaint"), column("answer"), column("reference"), [not f for f in column("finished")])
+def _setting_names(groups, arguments):
+    """What the names of the runs have in common (plain-0, plain-1: plain); where that does not tell settings
+    apart, the arguments in which they differ; else all names. groups: lists of runs."""
+    stems = []
+    for runs in groups:
+        stem = re.sub(r"[-_]*\d*$", "", os.path.commonprefix(runs))
+        stems.append(runs[0] if len(runs) == 1 else stem)
+
+    given = [of_run for of_run in arguments.values() if of_run]  # a plain checkpoint has none
+    keys = dict.fromkeys(key for of_run in given for key in of_run)
+    differing = [key for key in keys if len({json.dumps(of_run.get(key)) for of_run in given}) > 1]
+
+    def by_arguments(keys):
+        names = []
+        for runs in groups:
+            of_run = arguments[runs[0]]
+            names.append(", ".join(f"{key} {of_run.get(key)}" for key in keys) if of_run else runs[0])
+        return names
+
+    readable = [key for key in differing if key != "data_fingerprint"]
+    for names in (stems, by_arguments(readable), by_arguments(differing)):
+        if len(set(names)) == len(names) and all(name and not name.endswith("/") for name in names):
+            return names
+    return [", ".join(runs) for runs in groups]
+
+
+# --- findings -----------------------------------------------------------------------------------------------
+# In numbers nan stands for what there is none of, like an interval of few rows.
+
+@dataclass
+class Mean:
+    setting: str
+    score: str
+    group: str
+    mean: float  # over the setting's runs
+    low: float  # 95% interval
+    high: float
+    sd_seeds: float  # standard deviation between the setting's runs
+
+
+@dataclass
+class Difference:
+    """Setting b minus setting a."""
+    a: str
+    b: str
+    score: str
+    group: str
+    difference: float
+    low: float  # 95% interval
+    high: float
+    p: float
+    p_holm: float = math.nan  # corrected for all comparisons
+    sentence: str = ""
+
+
+@dataclass
+class RunRecord:
+    """What a run's folder tells, as far as it is here."""
+    metrics: list  # lines of metrics.jsonl
+    validation: list  # [step, NLL]
+    weights: list  # that its weighting gives the evaluated rows
+
+
+@dataclass
+class Evaluation:
+    """All that is printed and reported."""
+    protocol: dict
+    settings: list[Setting]
+    groups: dict  # group -> number of rows
+    score_names: list
+    means: dict  # (setting, score, group) -> Mean
+    comparisons: list[Difference]
+    paper_table: tuple | None  # (header, rows)
+    notes: list
+    runs: dict  # run -> RunRecord
+    answers: list[Answers]
+    row_scores: dict  # run -> {score: (n,)}
+
+    def to_json(self):
+        """What evaluation.json holds: all but what is said of each row, which is in .jsonl files."""
+        values = asdict(replace(self, answers=[], row_scores={}))
+        del values["answers"], values["row_scores"]
+        values["means"] = list(values["means"].values())
+        values["lower_is_better"] = scores.LOWER_IS_BETTER
+        return without_nan(values)
 
 
 def evaluate(answers, bertscores, notes):
-    """Everything the report tells, as a dict that JSON can hold. answers: [Answers], all of the same rows; bertscores: {name: (n,) F1},
-    maybe empty."""
-    rows, names = answers[0].rows, [a.name for a in answers]
+    """[Answers] of the same rows -> Evaluation. bertscores: {name: (n,) F1}, maybe empty; notes: sentences
+    for the report, to which more are added."""
+    rows = answers[0].rows
+    row_scores = {a.name: scores_of(a, bertscores.get(a.name)) for a in answers}
+    score_names = [score.name for score in row_scores[answers[0].name]]
+
+    # Groups of rows; specialties are not compared, they are too many
+    probabilities = [row.probabilities for row in rows]
+    if not all(probabilities):
+        probabilities = None
+    critical = [p[2] for p in probabilities] if probabilities else None
+    groups = scores.row_groups([row.severity for row in rows], critical)
+    compared = {name: w for name, w in groups.items() if (w > 0).sum() >= compare.FEWEST_ROWS}
+    for specialty in sorted({row.specialty for row in rows if row.specialty}):
+        groups[f"specialty: {specialty}"] = np.array([float(row.specialty == specialty) for row in rows])
+
+    # Settings: the values of each of their runs, and the counts, which runs of one setting share
     settings = settings_of(answers)
-    scores_by_run = {a.name: scores_of(a, bertscores.get(a.name)) for a in answers}
-    known = [score.name for score in scores_by_run[names[0]]]
-    probabilities = [row["probabilities"] for row in rows]
-    groups = scores.row_groups([row["severity"] for row in rows], [p[2] for p in probabilities] if all(probabilities) else None)
-    compared = [i for i, w in enumerate(groups.values()) if (w > 0).sum() >= compare.FEWEST_ROWS]  # and no specialties: they are too many
-    specialties = sorted({row["specialty"] for row in rows if row["specialty"]})
-    groups |= {f"specialty: {s}": np.array([float(row["specialty"] == s) for row in rows]) for s in specialties}
-    weights = np.stack(list(groups.values()), axis=1)  # (n, g)
+    values, counts = {}, {}
+    for setting in settings:
+        of_runs = [np.stack([score.values for score in row_scores[run]], axis=1) for run in setting.runs]
+        values[setting.name] = np.stack(of_runs)  # (seeds, n, k)
+        first = row_scores[setting.runs[0]]
+        counts[setting.name] = np.stack([score.counts for score in first], axis=1)  # (n, k)
 
-    values = {setting: np.stack([np.stack([score.values for score in scores_by_run[run]], axis=1) for run in runs])
-              for setting, runs in settings.items()}  # each (seeds, n, k)
-    counts = {setting: np.stack([score.counts for score in scores_by_run[runs[0]]], axis=1) for setting, runs in settings.items()}  # each (n, k)
-
-    means, comparisons = [], []
-    if len(settings) > 1 and not compared:
+    # Means and comparisons
+    means = {}
+    for name in values:
+        for m in means_of(name, values[name], counts[name], score_names, groups):
+            means[name, m.score, m.group] = m
+    comparisons = []
+    if compared:
+        comparisons = compare_all(values, counts, score_names, compared, notes)
+    elif len(settings) > 1:
         notes.append(f"Differences are not tested: there are fewer than {compare.FEWEST_ROWS} rows")
-    for setting, runs in settings.items():
-        mean, low, high = compare.bootstrap_mean(values[setting].mean(0), counts[setting], weights)  # (g, k)
-        each = np.array([[list(of.values()) for of in scores.summary(scores_by_run[run], groups).values()] for run in runs])  # (seeds, g, k)
-        _, spread = compare.seed_spread(each)
-        for g, group in enumerate(groups):
-            for k, score in enumerate(known):
-                numbers = dict(mean=mean[g, k], low=low[g, k], high=high[g, k])
-                means.append(dict(setting=setting, score=score, group=group, **numbers, sd_seeds=spread[g, k]))
-                if score == "NLL":
-                    numbers = {key: scores.perplexity(nll) for key, nll in numbers.items()}
-                    means.append(dict(setting=setting, score="perplexity", group=group, **numbers, sd_seeds=None))
 
-    family = math.comb(len(settings), 2) * len(compared) * len(known)
-    resamples = max(10_000, 100 * family)  # the least p-value is 2 / resamples, and Holm multiplies it by the size of the family
-    for a, b in combinations(settings, 2) if compared else ():
+    columns = {}
+    for run, of_run in row_scores.items():
+        columns[run] = {score.name: score.values / np.maximum(score.counts, 1) for score in of_run}
+    return Evaluation(
+        protocol=answers[0].protocol,
+        settings=settings,
+        groups={name: int((w > 0).sum()) for name, w in groups.items()},
+        score_names=[score_names[0], "perplexity", *score_names[1:]],
+        means=means,
+        comparisons=comparisons,
+        paper_table=paper_table(settings, means, {a.name: a.run for a in answers}) if bertscores else None,
+        notes=notes,
+        runs={a.name: run_record(a, probabilities) for a in answers},
+        answers=answers,
+        row_scores=columns,
+    )
+
+
+def scores_of(answers, bertscore=None):
+    """[Score, ...] of one model's answers, NLL first; bertscore: (n,) F1 or None."""
+    rows = answers.rows
+    row_scores = [scores.Score("NLL", [row.nll for row in rows], [row.tokens for row in rows])]
+    if bertscore is not None:
+        row_scores.append(scores.Score("BERTScore F1", bertscore))
+    complaints = [row.complaint for row in rows]
+    texts = [row.answer for row in rows]
+    references = [row.reference for row in rows]
+    unfinished = [not row.finished for row in rows]
+    return row_scores + scores.answer_scores(complaints, texts, references, unfinished)
+
+
+def means_of(setting, values, counts, score_names, groups):
+    """[Mean, ...] of a setting. values: (seeds, n, k), counts: (n, k), groups: {name: weights (n,)}."""
+    weights = np.stack(list(groups.values()), axis=1)  # (n, g)
+    mean, low, high = compare.bootstrap_mean(values, counts, weights)  # each (g, k)
+    with np.errstate(invalid="ignore"):
+        of_seeds = (weights.T @ values) / (weights.T @ counts)  # (seeds, g, k)
+    spread = compare.seed_spread(of_seeds)
+    means = []
+    for g, group in enumerate(groups):
+        for k, score in enumerate(score_names):
+            numbers = [float(x[g, k]) for x in (mean, low, high)]
+            means.append(Mean(setting, score, group, *numbers, sd_seeds=float(spread[g, k])))
+            if score == "NLL":
+                numbers = [scores.perplexity(nll) for nll in numbers]
+                means.append(Mean(setting, "perplexity", group, *numbers, sd_seeds=math.nan))
+    return means
+
+
+def compare_all(values, counts, score_names, groups, notes):
+    """[Difference, ...] of every two settings in every group and score. values: {setting: (seeds, n, k)},
+    counts: {setting: (n, k)}, groups: {name: weights (n,)}."""
+    weights = np.stack(list(groups.values()), axis=1)  # (n, g)
+    # The least p-value is 2 / resamples, and Holm multiplies it by the number of comparisons.
+    number = math.comb(len(values), 2) * len(groups) * len(score_names)
+    resamples = max(10_000, 100 * number)
+    differences = []
+    for a, b in combinations(values, 2):
         same_tokens = np.array_equal(counts[a], counts[b])
         if not same_tokens:
-            notes.append(f"NLL of {a} and {b} is not compared: the references are not the same number of tokens for both")
-        comparison = compare.compare_settings(values[a], values[b], counts[a], weights[:, compared], resamples=resamples)  # each (g, k)
-        for g, group in enumerate(list(groups)[i] for i in compared):
-            for k, score in enumerate(known):
+            notes.append(f"NLL of {a} and {b} is not compared: the references are not the same number of "
+                         "tokens for both")
+        result = compare.compare_settings(values[a], values[b], counts[a], weights, resamples=resamples)
+        for g, group in enumerate(groups):
+            for k, score in enumerate(score_names):
                 if score != "NLL" or same_tokens:
-                    numbers = {key: of_all[g, k] for key, of_all in comparison._asdict().items()}
-                    comparisons.append({"a": a, "b": b, "score": score, "group": group, **numbers})
-    for c, p in zip(comparisons, compare.holm([c["p"] for c in comparisons])):
-        c |= {"p_holm": p, "sentence": compare.sentence(c["a"], c["b"], c["score"], c["difference"], (c["low"], c["high"]), p, c["group"])}
-
-    columns = {name: {score.name: score.values / np.maximum(score.counts, 1) for score in scores_by_run[name]} for name in names}
-    return without_nan({
-        "protocol": answers[0].protocol, "settings": [{"name": name, "runs": runs} for name, runs in settings.items()],
-        "groups": {name: int((w > 0).sum()) for name, w in groups.items()},
-        "score_names": {name: name for name in [known[0], "perplexity", *known[1:]]},
-        "lower_is_better": list(scores.LOWER_IS_BETTER), "means": means, "comparisons": comparisons,
-        "paper_table": paper_table(settings, means, {a.name: a.run for a in answers}), "notes": notes,
-        "rows": [{"row": row["row"], "complaint": row["complaint"], "reference": row["reference"], "specialty": row["specialty"],
-                  "severity": None if row["severity"] is None else severity.CLASSES[row["severity"]],
-                  "p_critical": p[2] if p else None, "answers": {a.name: a.rows[i]["answer"] for a in answers},
-                  "scores": {name: {score: float(v[i]) for score, v in columns[name].items()} for name in names}}
-                 for i, (row, p) in enumerate(zip(rows, probabilities))],
-        "runs": {a.name: run_records(a, probabilities) for a in answers},
-    })
+                    differences.append(Difference(a, b, score, group, *(float(x[g, k]) for x in result)))
+    for d, p in zip(differences, compare.holm([d.p for d in differences])):
+        d.p_holm = float(p)
+        d.sentence = compare.sentence(d.a, d.b, d.score, d.difference, (d.low, d.high), p, d.group)
+    return differences
 
 
 def paper_table(settings, means, runs):
-    """(header, rows): mean BERTScore F1 in %, a checkpoint a row, a weighting a column, as the paper prints it; None without BERTScore.
+    """(header, rows): mean BERTScore F1 in %, a checkpoint a row, a weighting a column, as the paper prints
+    it.
 
-    runs: {name: what read_run_json gives}. A setting whose cell is taken, say by another learning rate, has a row of its own."""
+    runs: {name: what read_run_json gives}. A setting whose cell is taken, say by another learning rate, has a
+    row of its own.
+    """
     columns = {"base": "base", "none": "CE", "mild": "mild", "strong": "strong", "balanced": "balanced"}
-    cells = defaultdict(dict)
-    for entry in means:
-        if entry["score"] == "BERTScore F1" and entry["group"] == "all":
-            setting = entry["setting"]
-            first = settings[setting][0]
-            arguments = runs[first].get("arguments", {"ckpt": first, "weighting": "base"})
-            row, column = arguments["ckpt"], columns.get(arguments["weighting"], arguments["weighting"])
-            spread = "" if np.isnan(entry["sd_seeds"]) else f" ± {100 * entry['sd_seeds']:.2f}"
-            cells[f"{row} ({setting})" if column in cells[row] else row][column] = f"{100 * entry['mean']:.2f}{spread}"
-    if not cells:
-        return None
-    shown = [*columns.values(), *sorted({c for row in cells.values() for c in row} - set(columns.values()))]
-    return ["model", *shown], [[ckpt, *(row.get(column, "") for column in shown)] for ckpt, row in cells.items()]
+    table = defaultdict(dict)  # row -> column -> text
+    for setting in settings:
+        run = setting.runs[0]
+        arguments = runs[run].get("arguments", {"ckpt": run, "weighting": "base"})
+        row = arguments["ckpt"]
+        column = columns.setdefault(arguments["weighting"], arguments["weighting"])
+        if column in table[row]:
+            row = f"{row} ({setting.name})"
+        m = means[setting.name, "BERTScore F1", "all"]
+        spread = "" if math.isnan(m.sd_seeds) else f" ± {100 * m.sd_seeds:.2f}"
+        table[row][column] = f"{100 * m.mean:.2f}{spread}"
+    header = list(columns.values())
+    return ["model", *header], [[row, *(cells.get(c, "") for c in header)] for row, cells in table.items()]
 
 
-def run_records(answers, probabilities):
-    """Training curves of a run, as far as its folder is here, and the weights that its weighting gives the evaluated rows."""
-    run, steps, validation = Path(answers.name).resolve(), [], []
-    run = run if answers.run.get("model") == "last" else run.parent
-    if answers.run and read_run_json(answers.name) == answers.run:
-        steps, validation = _records(run / "metrics.jsonl"), _parsed(run / "validation.json", json.loads)
+def run_record(answers, probabilities):
+    """RunRecord of a run; of no run that only bears the same name here. probabilities: of the rows, or
+    None."""
+    metrics, validation, weights = [], [], []
+    folder = run_folder(answers.name)
+    if folder and read_run_json(answers.name) == answers.run:
+        metrics = _read_lines(folder / "metrics.jsonl")
+        if (folder / "validation.json").is_file():
+            with _reading(folder / "validation.json"):
+                validation = json.loads((folder / "validation.json").read_bytes())
     coefficients = answers.run.get("coefficients")
-    weights = severity_weights(torch.tensor(probabilities), coefficients).tolist() if coefficients and all(probabilities) else []
-    return {"metrics": steps, "validation": validation, "weights": weights}
+    if coefficients and probabilities:
+        weights = severity_weights(torch.tensor(probabilities), coefficients).tolist()
+    return RunRecord(metrics, validation, weights)
 
 
 def without_nan(value):
-    """`value` with None for every nan and infinity, which JSON does not have, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_nan(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """`value`, which json can write, with None for every nan and infinity: JSON itself has neither."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)

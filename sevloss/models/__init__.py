@@ -2,11 +2,9 @@
 
 import json
 import re
-import shutil
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -23,79 +21,96 @@ from sevloss.models.gpt2 import GPT2
 from sevloss.models.lfm2 import Lfm2
 from sevloss.models.llama import Llama
 
-FAMILIES = {"gpt2": GPT2, "aragpt2": GPT2, "bloom": Bloom, "llama": Llama, "qwen2": Llama, "qwen3": Llama, "lfm2": Lfm2, "bert": Bert}
+FAMILIES = {"gpt2": GPT2, "aragpt2": GPT2, "bloom": Bloom, "llama": Llama, "qwen2": Llama, "qwen3": Llama,
+            "lfm2": Lfm2, "bert": Bert}
 
 
 def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
-    """A short name, hub id or folder -> nn.Module in eval mode, with .config (sizes) and .raw_config (config.json as a dict).
+    """Short name, hub id or folder -> nn.Module in eval mode, with .config (sizes) and .raw_config.
 
-    num_labels: for encoders, a classification head with that many classes; initialised where the checkpoint has none.
-    Raises InputError for whatever does not fit: unknown model_type, missing, surplus or misshapen tensors, broken files.
+    num_labels: for encoders, a head with that many classes, initialised where the checkpoint has none.
+    InputError for whatever does not fit: model_type, missing, surplus or misshapen tensors, broken files.
     """
+    # ---- config.json decides; an adapter leads to its base
     folder = hub.local_folder(ckpt)
     if (folder / "adapter_config.json").is_file():
         return _load_adapted(folder, dtype, device)
     raw = hub.read_json(folder / "config.json")
     if raw.get("model_type") not in FAMILIES:
-        raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are {', '.join(FAMILIES)}: "
-                         "take a checkpoint of one of these")
+        raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are "
+                         f"{', '.join(FAMILIES)}: take a checkpoint of one of these")
     family = FAMILIES[raw["model_type"]]
-    stored = hub.stored_tensors(ckpt)
+    stored = hub.stored_tensors(ckpt)  # {name: function that reads the tensor}
     if num_labels:
         raw = {**raw, "num_labels": num_labels}
     model = build(family, family.normalize_config(raw, stored))
     expected = model.state_dict()
-    tied = model.config.tie_word_embeddings if hasattr(model, "head_weight") else False
+    tied = hasattr(model, "head_weight") and model.config.tie_word_embeddings
 
-    state, surplus, places, second_head = {}, [], set(), None
-    together = "get config.json and the weights from one place"
+    # ---- read the tensors that the module has a place for
+    state = {}
+    surplus = []
+    addresses = set()
+    read_second_head = None
     for stored_name in list(stored):
         read = stored.pop(stored_name)  # taken out, so that what the file's version takes is freed in turn
-        name = stored_name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        name = stored_name.replace("LayerNorm.gamma", "LayerNorm.weight")  # old BERTs
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if name not in expected and family.prefix + name in expected:
             name = family.prefix + name
-        if name in expected:
-            tensor = read().to(device=device, dtype=dtype)
-            if tensor.shape != expected[name].shape:
-                if name.startswith(("classifier.", "mean_classifier.")) and num_labels:  # a head for other classes: start afresh
-                    continue
-                raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, "
-                                 f"config.json asks for {tuple(expected[name].shape)}: {together}")
-            # In a .bin two tensors can lie on one place in memory. Training one would change the other, unless one of them is copied.
-            state[name] = tensor.clone() if tensor.data_ptr() in places else tensor
-            places.add(tensor.data_ptr())
-        elif tied and name == "lm_head.weight":
-            second_head = read
-        elif not re.search(family.ignored_keys, name):
-            surplus.append(stored_name)
-    missing = [name for name in expected if name not in state]
+        if name not in expected:
+            if tied and name == "lm_head.weight":
+                read_second_head = read
+            elif not re.search(family.ignored_keys, name):
+                surplus.append(stored_name)
+            continue
+        tensor = read().to(device=device, dtype=dtype)
+        if tensor.shape != expected[name].shape:
+            if num_labels and name.startswith(("classifier.", "mean_classifier.")):
+                continue  # a head for other classes: a new one is made
+            raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, config.json asks for "
+                             f"{tuple(expected[name].shape)}: get config.json and the weights from one place")
+        # in a .bin two can share memory, and training one would change the other
+        if tensor.data_ptr() in addresses:
+            tensor = tensor.clone()
+        addresses.add(tensor.data_ptr())
+        state[name] = tensor
+
+    # ---- what is surplus or missing
     if surplus:
-        raise InputError(f"{ckpt} holds {len(surplus)} tensors that a {raw['model_type']} of its config.json has no place for: "
-                         f"{_some(surplus)}; {together}")
-    if fatal := [name for name in missing if not name.startswith(family.optional_keys or ("\0",))]:
-        raise InputError(f"{ckpt} lacks {len(fatal)} tensors that a {raw['model_type']} of its config.json needs: {_some(fatal)}; "
-                         f"{together}")
+        raise InputError(f"{ckpt} holds {len(surplus)} tensors that a {raw['model_type']} of its "
+                         f"config.json has no place for: {_some(surplus)}; get config.json and the weights "
+                         "from one place")
+    missing = [name for name in expected if name not in state]
+    needed = [name for name in missing if not any(name.startswith(key) for key in family.optional_keys)]
+    if needed:
+        raise InputError(f"{ckpt} lacks {len(needed)} tensors that a {raw['model_type']} of its config.json "
+                         f"needs: {_some(needed)}; get config.json and the weights from one place")
     if missing:
         print(f"initialised, not in the checkpoint: {_some(missing)}")
-        state |= {name: initial(name, expected[name].shape).to(device=device, dtype=dtype) for name in missing}
+    for name in missing:
+        state[name] = initial(name, expected[name].shape).to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)
-    if second_head and not _equal(second_head(), model.head_weight):
-        raise InputError(f"{ckpt}: config.json ties the head to the embedding, but lm_head.weight differs from it: "
-                         "to use it, set tie_word_embeddings to false there")
+    if read_second_head and not _equal(read_second_head(), model.head_weight):
+        raise InputError(f"{ckpt}: config.json ties the head to the embedding, but lm_head.weight differs "
+                         "from it: to use it, set tie_word_embeddings to false there")
     model.base = hub.full_name(ckpt)
     return model.eval()
 
 
 def _equal(stored, tensor):
     """Whether `stored` is what `tensor` was read from. In parts, to save memory."""
-    return stored.shape == tensor.shape and all(torch.equal(a.to(b), b) for a, b in zip(stored.split(4096), tensor.split(4096)))
+    if stored.shape != tensor.shape:
+        return False
+    return all(torch.equal(a.to(b), b) for a, b in zip(stored.split(4096), tensor.split(4096)))
 
 
 def _load_adapted(folder, dtype, device):
     """A folder of LoRA adapters -> their base model with the adapters merged into its weights."""
     base = hub.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base or Path(base).is_dir() and (Path(base) / "adapter_config.json").is_file():
-        raise InputError(f"{folder}/adapter_config.json gives {base!r} as base_model_name_or_path: it must be a whole model")
+        raise InputError(f"{folder}/adapter_config.json gives {base!r} as base_model_name_or_path: it must "
+                         "be a whole model")
     model = load_model(base, dtype=dtype, device=device)
     lora.load(model, folder)
     lora.merge(model)
@@ -107,29 +122,34 @@ def _load_adapted(folder, dtype, device):
 
 
 def enable_gradient_checkpointing(model):
-    """Gradient checkpointing: what a block computed is thrown away and computed again in the backward pass; a third more time for
-    memory that holds one block's activations instead of all."""
+    """What a block computed is thrown away and computed again in the backward pass: a third more time, and
+    memory for one block's activations instead of all."""
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def build(family, raw):
     """The module on the meta device: shapes and no memory. raw: what config.json says."""
+    what = f"config.json of a {raw['model_type']}"
     for field in fields(family.Config):
-        value, what = raw.get(field.name, field.default), f"config.json of a {raw['model_type']}"
+        value = raw.get(field.name, field.default)
         if value is MISSING:
             raise InputError(f"{what} lacks {field.name}: get it again")
         if field.default is MISSING and not (isinstance(value, int) and value > 0):
             raise InputError(f"{what} gives {field.name} as {value!r}: it must be a positive number")
         if isinstance(field.default, (int, float)) and not isinstance(value, (int, float, type(None))):
-            raise InputError(f"{what} gives {field.name} as {value!r}: write it as {field.default!r} is written")
-    config = family.Config(**{field.name: raw[field.name] for field in fields(family.Config) if field.name in raw})
-    # The values come later. Filling an embedding's on the meta device would import torch._dynamo, which takes a second.
-    with torch.device("meta"), patch.object(torch.nn.Embedding, "reset_parameters"):
+            raise InputError(f"{what} gives {field.name} as {value!r}: write it as {field.default!r} is "
+                             "written")
+    names = [field.name for field in fields(family.Config) if field.name in raw]
+    config = family.Config(**{name: raw[name] for name in names})
+    with torch.device("meta"):  # the values come later
         model = family(config)
-    if wrong := [i for i in eos_ids(model) if not 0 <= i < config.vocab_size]:
-        raise InputError(f"config.json gives eos_token_id {wrong[0]}, outside the vocabulary of {config.vocab_size}")
-    model.raw_config = {key: value for key, value in raw.items() if key not in ("num_labels", "pooler", "pooling")}
+    for i in eos_ids(model):
+        if not 0 <= i < config.vocab_size:
+            raise InputError(f"config.json gives eos_token_id {i}, outside the vocabulary of "
+                             f"{config.vocab_size}")
+    derived = ("num_labels", "pooler", "pooling")  # not of config.json
+    model.raw_config = {key: value for key, value in raw.items() if key not in derived}
     return model
 
 
@@ -137,7 +157,8 @@ def from_scratch(raw):
     """A model with random weights from the global generator. raw: what its config.json would say."""
     family = FAMILIES[raw["model_type"]]
     model = build(family, raw)
-    model.load_state_dict({name: initial(name, t.shape) for name, t in model.state_dict().items()}, assign=True)
+    model.load_state_dict({name: initial(name, t.shape) for name, t in model.state_dict().items()},
+                          assign=True)
     return model.eval()
 
 
@@ -151,69 +172,93 @@ def initial(name, shape):
 
 
 def load_tokenizer(ckpt) -> Tokenizer:
-    """The checkpoint's tokenizer.json, else what its vocab files give; padding and truncation that it may have fixed are switched off.
+    """The checkpoint's tokenizer.json, else what its vocabulary files give, with padding and truncation
+    switched off.
 
-    Raises InputError where there is none, or one that gives ids which the checkpoint's embedding has no row for.
+    Raises InputError where there is none, or one that gives ids which the checkpoint's embedding has no row
+    for.
     """
     path = hub.find_file(ckpt, hub.TOKENIZERS)
     try:
-        tokenizer = Tokenizer.from_file(str(path)) if path.name == "tokenizer.json" else from_vocabulary(ckpt, path)
+        if path.name == "tokenizer.json":
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            tokenizer = from_vocabulary(ckpt, path)
     except InputError:
         raise
     except Exception as error:  # the binding raises plain Exception
-        raise InputError(f"{path} cannot be read as a tokenizer: {(str(error).splitlines() or [type(error).__name__])[0]}; "
-                         "delete it and get it again") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        message = f"{path} cannot be read as a tokenizer: {reason}; delete it and get it again"
+        raise InputError(message) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    rows = hub.read_optional(ckpt, "config.json").get("vocab_size")  # more of them than tokens is well: many embeddings are padded
-    if rows and (tokens := max(tokenizer.get_vocab().values(), default=-1) + 1) > rows:
-        raise InputError(f"{ckpt}: the tokenizer has {tokens} tokens, the model {rows}: take the tokenizer that the model was trained with")
+    rows = hub.read_optional(ckpt, "config.json").get("vocab_size")
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if rows and tokens > rows:  # fewer tokens than rows is well: many embeddings are padded
+        raise InputError(f"{ckpt}: the tokenizer has {tokens} tokens, the model {rows}: take the tokenizer "
+                         "that the model was trained with")
     return tokenizer
 
 
 def save_model(model, tokenizer, folder):
-    """Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json, which `transformers` opens too.
+    """Writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json, which `transformers`
+    opens too.
 
     Of a model with LoRA layers the adapters alone are written, in the format of `peft`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
+    # ---- config.json
     raw = {key: value for key, value in model.raw_config.items() if key != "torch_dtype"}
-    raw |= {"architectures": [model.architecture], "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    if getattr(model.config, "num_labels", 0) and len(raw.get("id2label", {})) != model.config.num_labels:
-        raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.config.num_labels)}
+    raw["architectures"] = [model.architecture]
+    raw["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    num_labels = getattr(model.config, "num_labels", 0)
+    if num_labels and len(raw.get("id2label", {})) != num_labels:
+        raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_labels)}
         raw["label2id"] = {name: int(i) for i, name in raw["id2label"].items()}
-    (folder / "config.json").write_text(json.dumps(raw, indent=1, ensure_ascii=False), encoding="utf-8")
+    _write_json(folder / "config.json", raw)
+
+    # ---- weights
     if lora.layers(model):
         lora.save(model, folder)
     else:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path,
+                                                                              metadata={"format": "pt"}))
 
-        def write(path):
-            save_file(state, path, metadata={"format": "pt"})
-            shutil.copymode(folder / "config.json", path)  # safetensors lets nobody but the owner read
-        write_atomically(folder / "model.safetensors", write)
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-    # Without this file transformers picks a class by model_type and, for GPT-2, loses the prefix space.
-    eos = eos_ids(model)
-    special = {"eos_token": tokenizer.id_to_token(eos[0]), "pad_token": tokenizer.id_to_token(eos[0])} if eos else {}
-    for name in ("bos_token_id", "pad_token_id"):
-        if isinstance(raw.get(name), int):
-            special[name.removesuffix("_id")] = tokenizer.id_to_token(raw[name])
+    # ---- tokenizer; without tokenizer_config.json transformers picks a class by model_type and, for GPT-2,
+    # loses the prefix space
+    write_atomically(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+    special = {}
+    for eos in eos_ids(model)[:1]:
+        special["eos_token"] = tokenizer.id_to_token(eos)
+        special["pad_token"] = tokenizer.id_to_token(eos)
+    for name in ("bos_token", "pad_token"):
+        if isinstance(raw.get(f"{name}_id"), int):
+            special[name] = tokenizer.id_to_token(raw[f"{name}_id"])
     if hasattr(model, "classify"):
-        special |= {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "mask", "pad", "unk")
-                    if tokenizer.token_to_id(f"[{name.upper()}]") is not None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context,
-         **{name: token for name, token in special.items() if token is not None}}, indent=1, ensure_ascii=False), encoding="utf-8")
+        for name in ("cls", "sep", "mask", "pad", "unk"):
+            if tokenizer.token_to_id(f"[{name.upper()}]") is not None:
+                special[f"{name}_token"] = f"[{name.upper()}]"
+    special = {name: token for name, token in special.items() if token is not None}
+    _write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context, **special})
+
+
+def _write_json(path, value):
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def eos_ids(model):
     """The ids that end a text, as config.json gives them; () for an encoder."""
     ids = getattr(model.config, "eos_token_id", None)
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def _some(names):
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

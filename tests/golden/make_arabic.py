@@ -26,7 +26,7 @@ TEXTS = [
     "&amp;lt;b&amp;gt; و &quot;الأنسولين&quot; و &#39;جرعة&#39;",
     "سكر&nbsp;صائم&#160;١٠٠ &copy &unknown; &#1587;كر",
     "&#1617;&#1600;تشكيل من كيان &#x64E;",
-    # 2, 3. diacritics and tatweel; marks outside U+064B to U+0652 stay, superscript alef and others become a space
+    # 2, 3. diacritics and tatweel; marks outside U+064B to U+0652 stay, others become a space
     "السُّكَّريُّ مَرَضٌ مُزْمِنٌ، والعِلاجُ ضَرُورِيٌّ جِدًّا",
     "حـــــاد ـ مزمن ــ شديـد",
     "هـ\u064eـ\u064eـذا أ\u064eلم ش\u064eد\u064aـ\u0651د",
@@ -41,7 +41,7 @@ TEXTS = [
     "المختبر https://lab:8080/نتيجة?س=1 ثم http://lab/a_b-c~d%20e=f&g?h.تحليل",
     "http:/example واحد HTTP://EXAMPLE.COM اثنان a.com ثلاثة a.org",
     "زيارة http://example.com/a_(b)،وبعدها مراجعة. ftp://example.org/file.pdf",
-    "Panadol Tab.daily ثم Augmentin 10.mg ثم Cap.ya ثم v1.2.b",  # dosage notes that look like host names become links
+    "Panadol Tab.daily ثم Augmentin 10.mg ثم Cap.ya ثم v1.2.b",  # dosage notes that look like host names
     "x-y.example.org أ:z9.ab %z.ab +z.ab ~z.ab #z.ab =z.ab _z.ab z.ab:8/?&",
     "http://عexample.org ثم httpعexample.org ثم http://s.ab",
     "EXample.comعيادة wwwABC/xyz?دواء httدواء wwدواء http\nwww",
@@ -135,6 +135,7 @@ generated = [{"out": text, "unpre": preprocessor.unpreprocess(text)} for text in
 
 golden = {"source": f"arabert {version('arabert')}", "texts": texts, "generated": generated}
 lines = json.dumps(golden, ensure_ascii=False, indent=1)
-lines = "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in lines)  # so that invisible ones are seen
+# Invisible characters are written as escapes, so that they are seen.
+lines = "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in lines)
 Path(__file__).with_name("arabic.json").write_text(lines + "\n", encoding="utf-8")
 print(f"arabic.json: {len(texts)} texts, {len(generated)} generated texts")
