@@ -27,15 +27,13 @@ def generate(model, prompts, *, max_new_tokens, eos_ids=(), temperature=0.0, top
         raise InputError(f"prompt and answer need {longest} tokens, the model reads {model.config.context}: "
                          "shorten one of them")
     device = model.head_weight.device
-    draws = None
-    if temperature:
-        draws = torch.stack([_uniform(seed, prompt, max_new_tokens) for prompt in prompts])
-        draws = to_device(draws, device)  # (B, max_new_tokens)
 
     # the prompts
     answers = [[] for _ in prompts]
     prompt_of_row = list(range(len(prompts)))  # unfinished ones have a row in the batch
     tokens, lengths = pack(prompts, device)
+    draws = torch.stack([_uniform(seed, prompt, max_new_tokens) for prompt in prompts])
+    draws = to_device(draws, device)  # (B, max_new_tokens): all at once, as each copy makes the host wait
     cache = KVCache(lengths, device)
     hidden = model(tokens, cache=cache)  # (N, D)
     hidden = hidden.index_select(0, cache.prompts.cu_seqlens[1:] - 1)  # (B, D), of each last token
@@ -63,7 +61,7 @@ def generate(model, prompts, *, max_new_tokens, eos_ids=(), temperature=0.0, top
             prompt_of_row = [prompt_of_row[row] for row in rows]
             index = to_device(torch.tensor(rows), device)
             tokens = tokens.index_select(0, index)
-            draws = draws.index_select(0, index) if temperature else None
+            draws = draws.index_select(0, index)
         hidden = model(tokens, cache=cache)  # (B, D)
     return answers
 

@@ -20,12 +20,9 @@ gradients then add up.
 import torch
 import torch.nn.functional as F
 
-SLICE = 2048  # rows of the head's gradient that a CPU handles at a time
-
 
 def severity_weights(probabilities, coefficients=(0.5, 1.0, 1.5)):
-    """(..., 3) probabilities of (non-critical, neutral, critical) -> (...) weights w = a p_nc + b p_n + c
-    p_c.
+    """Probabilities (..., 3) of (non-critical, neutral, critical) -> weights (...), a p_nc + b p_n + c p_c.
 
     The coefficients (a, b, c) default to the paper's "balanced" configuration; w is not normalised, as in the
     paper.
@@ -83,8 +80,10 @@ def _check_range(targets, classes, ignore_index):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The method ends here. What follows computes the same in less time and memory.
+# The method ends here. What follows is optional: it computes the same in less time and memory.
 # ------------------------------------------------------------------------------------------------------------
+
+SLICE = 2048  # rows of the head's gradient that a CPU handles at a time
 
 
 def linear_weighted_token_ce(hidden, head_weight, targets, weights=None, *, bias=None, denominator=None,
@@ -178,9 +177,13 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
 
         # what is made
         nll = torch.empty_like(w)  # (N,)
-        d_hidden = torch.empty_like(x) if need_hidden else None  # without w
-        d_head = torch.zeros_like(head, dtype=wide) if need_head else None
-        d_bias = w.new_zeros(vocabulary, 1) if need_bias else None
+        d_hidden = d_head = d_bias = None
+        if need_hidden:
+            d_hidden = torch.empty_like(x)  # without w
+        if need_head:
+            d_head = torch.zeros_like(head, dtype=wide)
+        if need_bias:
+            d_bias = w.new_zeros(vocabulary, 1)
 
         # buffers
         chunk, block = _chunk_sizes(hidden.device.type, vocabulary, dtype)
