@@ -373,11 +373,12 @@ def test_nothing_supervised_gives_zero_with_a_graph(all_zero):
 def test_frozen_head_makes_no_head_gradient(monkeypatch):
     hidden, head, targets, weights = problem()
     head.requires_grad_(False)
-    shapes = []
+    shapes, strides = [], []
     original = torch.mm
 
     def mm(a, b, **options):
         shapes.append((a.shape[0], b.shape[1]))
+        strides.append(options["out"].stride(0))
         return original(a, b, **options)
     monkeypatch.setattr(torch, "mm", mm)
     loss = linear_weighted_token_ce(hidden, head, targets, weights)
@@ -385,6 +386,7 @@ def test_frozen_head_makes_no_head_gradient(monkeypatch):
     torch.testing.assert_close(gradients(loss, hidden), expected, rtol=1e-4, atol=1e-6)
     kept = int(((targets != -100) & (weights != 0)).sum())
     assert shapes == [(kept, 53), (kept, 12)]  # logits, d hidden; ignored rows and dW are absent
+    assert strides[0] == 56  # rows of logits are aligned, whatever the vocabulary
 
 
 def test_clear_errors():
