@@ -414,7 +414,7 @@ def test_lfs_pointer(edited, name):
 def test_bin_that_is_something_else(edited):
     folder = edited("gpt2")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with refused("pytorch_model.bin is broken or not finished downloading: it is not what torch.save writes; "
+    with refused("pytorch_model.bin is broken or not finished downloading: Weights only load failed; "
                  "delete it and get it again"):
         load_model(folder)
 

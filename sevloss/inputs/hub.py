@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pickle
 from pathlib import Path
 
 import torch
@@ -33,8 +32,6 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model")
-SHARDS = {"model.safetensors.index.json": "model-*.safetensors",
-          "pytorch_model.bin.index.json": "pytorch_model-*.bin"}
 OTHER_FILES = ("config.json", "adapter_config.json", "merges.txt", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json")
 
@@ -70,7 +67,7 @@ def _download(repository):
         raise InputError(f"{repository} is neither a folder, nor a hub id like owner/name, nor one of "
                          f"{', '.join(SHORT_NAMES)}")
     try:
-        # Asked once: a download would be tried for half a minute where there is no connection
+        # Asked here, because snapshot_download has no timeout: it would wait for a silent network
         listed = HfApi().model_info(repository, timeout=10).siblings
     except errors.HFValidationError as error:
         raise InputError(f"{repository} is neither a folder nor a valid hub id") from error
@@ -79,7 +76,8 @@ def _download(repository):
 
     files = {file.rfilename for file in listed}
     weights = next((name for name in (*ADAPTERS, *WEIGHTS) if name in files), "")
-    wanted = [*OTHER_FILES, *TOKENIZERS, weights, SHARDS.get(weights, "")]
+    shards = weights.removesuffix(".index.json").replace(".", "-*.")
+    wanted = [*OTHER_FILES, *TOKENIZERS, weights, shards]
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted))
     except errors.GatedRepoError as error:
@@ -90,7 +88,7 @@ def _download(repository):
 
 
 def _cached(repository, reason):
-    """The repository's folder as it was downloaded before. reason: what asking the hub raised."""
+    """The repository's folder as downloaded before. reason: what asking the hub raised."""
     try:
         return Path(snapshot_download(repository, allow_patterns="config.json", local_files_only=True))
     except errors.LocalEntryNotFoundError:
@@ -134,11 +132,8 @@ def read_optional(ckpt, name) -> dict:
 
 
 def stored_tensors(ckpt) -> dict:
-    """{name: function that reads that tensor}, of one file or of all shards.
-
-    A caller that drops each function after its call holds little more than it keeps, also of a .bin, which is
-    read whole.
-    """
+    """{name: function that reads that tensor}, of one file or of all shards. A caller that drops each of them
+    after its call holds little more than it keeps, also of a .bin, which is read whole."""
     path = find_file(ckpt, WEIGHTS)
     if not path.name.endswith(".index.json"):
         return open_tensors(path)
@@ -151,8 +146,8 @@ def stored_tensors(ckpt) -> dict:
             raise InputError(f"{path} names a shard outside its folder, {shard}: do not trust it")
         tensors |= open_tensors(find_file(ckpt, (shard,)))
     for name in weight_map.keys() - tensors.keys():
-        raise InputError(f"{path} says that {weight_map[name]} holds {name}, which it does not: "
-                         "get the index and all shards again")
+        shard = weight_map[name]
+        raise InputError(f"{path} says that {shard} holds {name}, which it does not: get both again")
     return tensors
 
 
@@ -168,9 +163,8 @@ def open_tensors(path) -> dict:
     except Exception as error:  # what broken files raise has no common class
         if "GLOBAL" in str(error):  # torch's own message explains how to run it
             raise InputError(refusal) from error
-        unpickling = isinstance(error, pickle.UnpicklingError)
-        what = "it is not what torch.save writes" if unpickling else _first_line(error).split(". ")[0]
-        raise InputError(f"{path} is broken or not finished downloading: {what}; "
+        reason = _first_line(error).split(". ")[0]
+        raise InputError(f"{path} is broken or not finished downloading: {reason}; "
                          "delete it and get it again") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(refusal)

@@ -27,11 +27,9 @@ COLUMN_NAMES = {
     "specialty": ("specialty", "category", "type", "التخصص"),
 }
 PROBABILITIES = ("non_critical", "neutral", "critical")
-LABELS = {"noncritical": 0, "neutral": 1, "critical": 2,  # as _plain spells them
-          "غيرحرج": 0, "متوسط": 1, "حرج": 2}
+# As _plain spells them
+LABELS = {"noncritical": 0, "neutral": 1, "critical": 2, "غيرحرج": 0, "متوسط": 1, "حرج": 2}
 
-
-# --- rows ---------------------------------------------------------------------------------------------------
 
 def read_rows(path):
     """Yields (row number as an editor or spreadsheet shows it, {column: text}) of each row that is not empty.
@@ -60,11 +58,11 @@ def read_rows(path):
         raise InputError(f"{path} is not UTF-8 ({byte}): save it as UTF-8, "
                          "e.g. iconv -f WINDOWS-1256 -t UTF-8") from error
     except csv.Error as error:
-        raise InputError(f"{path}, below row {number}: {error}; "
-                         "quote marks inside a cell must be doubled") from error
+        message = f"{path}, below row {number}: {error}; quote marks inside a cell must be doubled"
+        raise InputError(message) from error
     except CalamineError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as an Excel workbook: {reason}") from error
+        first_line = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read as an Excel workbook: {first_line}") from error
 
 
 def _jsonl_rows(path):
@@ -132,8 +130,6 @@ def _text(value):
     return text.strip()
 
 
-# --- columns ------------------------------------------------------------------------------------------------
-
 def find_columns(path, columns, given, needed):
     """{role: column}. columns: the table's; given: {role: column}, before the usual names; needed: roles."""
     for role, name in given.items():
@@ -175,8 +171,6 @@ def parse_columns(words):
         columns[role] = name
     return columns
 
-
-# --- pairs --------------------------------------------------------------------------------------------------
 
 class Pair(NamedTuple):
     row: int  # in the table
