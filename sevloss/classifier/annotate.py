@@ -78,8 +78,8 @@ class Classifier:
             raise InputError(message) from error
 
     def probabilities(self, complaints, compute, progress=None):
-        """(n, 3) calibrated probabilities of (non-critical, neutral, critical), out-of-fold ones where the run
-        has them for a complaint; how many complaints were cut."""
+        """(n, 3) calibrated probabilities of (non-critical, neutral, critical), those out of fold where the
+        run has them for a complaint; how many complaints were cut."""
         ids, cut = encode_complaints(self.tokenizer, complaints, preprocess=self.preprocess,
                                      max_length=self.max_length)
         logits = class_logits(self.model, ids, compute, progress=progress)

@@ -55,8 +55,8 @@ def read_rows(path):
             yield number, row
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} of a block is 0x{error.object[error.start]:02x}"
-        raise InputError(f"{path} is not UTF-8 ({byte}): save it as UTF-8, "
-                         "e.g. iconv -f WINDOWS-1256 -t UTF-8") from error
+        message = f"{path} is not UTF-8 ({byte}): save it as UTF-8, e.g. iconv -f WINDOWS-1256 -t UTF-8"
+        raise InputError(message) from error
     except csv.Error as error:
         message = f"{path}, below row {number}: {error}; quote marks inside a cell must be doubled"
         raise InputError(message) from error
