@@ -414,7 +414,7 @@ def test_lfs_pointer(edited, name):
 def test_bin_that_is_something_else(edited):
     folder = edited("gpt2")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with refused("pytorch_model.bin is broken or not finished downloading: it is not what torch.save writes; "
+    with refused("pytorch_model.bin is broken or not finished downloading: Weights only load failed; "
                  "delete it and get it again"):
         load_model(folder)
 
@@ -463,7 +463,7 @@ def test_bin_that_is_no_state_dict(edited, content):
 def test_no_weights(edited):
     folder = edited("gpt2")
     (folder / "model.safetensors").unlink()
-    with refused(f"the checkpoint {folder} has none of {', '.join(WEIGHTS)}: complete its download"):
+    with refused(f"the checkpoint {folder} has no {' or '.join(WEIGHTS)}: complete its download"):
         load_model(folder)
 
 
@@ -488,7 +488,7 @@ def test_shards(edited):
 def test_no_config(edited):
     folder = edited("gpt2")
     (folder / "config.json").unlink()
-    with refused(f"{folder} has no config.json, so it is no checkpoint"):
+    with refused(f"the checkpoint {folder} has no config.json or adapter_config.json: complete"):
         load_model(folder)
 
 
@@ -557,7 +557,7 @@ def test_broken_tokenizer(tmp_path, content):
 
 
 def test_no_tokenizer(golden):
-    with refused("has none of tokenizer.json, vocab.json, vocab.txt, "):
+    with refused("has no tokenizer.json or vocab.json or vocab.txt or "):
         load_tokenizer(golden / "gpt2")
 
 
@@ -913,8 +913,9 @@ def test_hub(edited, golden, tmp_path):
         *loaded,
         "there is no folder someone/typo, and the hub has no repository someone/typo "
         "(or it is private: run `hf auth login`)",
-        "someone/no-model has no config.json, so it is no checkpoint",
-        f"the checkpoint someone/no-weights has none of {', '.join(WEIGHTS)}: "
+        "the checkpoint someone/no-model has no config.json or adapter_config.json: "
+        "complete its download, or take another checkpoint",
+        f"the checkpoint someone/no-weights has no {' or '.join(WEIGHTS)}: "
         "complete its download, or take another checkpoint",
         "someone/gated is gated: accept its terms on the hub, then run `hf auth login`",
     ]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,11 +24,8 @@ CHUNK = 8192  # rows in memory at a time
 
 @torch.no_grad()  # not inference_mode: autocast would cast the weights anew for each batch
 def class_logits(model, id_lists, compute, *, max_tokens=8192, progress=None):
-    """id_lists (n lists of token ids) -> (n, 3) fp32 logits on the CPU, in the same order.
-
-    The texts go through the model sorted by length, so that equal lengths share an attention call, at most
-    max_tokens at once. progress: a tqdm that counts texts.
-    """
+    """id_lists (n lists of token ids) -> (n, 3) fp32 logits on the CPU, in the same order. At most max_tokens
+    go through the model at once, sorted by length. progress: a tqdm that counts texts."""
     model.eval()
     order, parts = [], []
     with compute.autocast():
@@ -43,8 +41,7 @@ def class_logits(model, id_lists, compute, *, max_tokens=8192, progress=None):
 
 
 def encode_complaints(tokenizer, complaints, *, preprocess, max_length):
-    """(id lists with the tokenizer's [CLS] and [SEP], how many were cut): a text that is too long loses its
-    end, not its [SEP]."""
+    """(id lists with [CLS] and [SEP], how many were cut): what is too long loses its end, not its [SEP]."""
     return data.encode_and_cut(tokenizer, [data.prepare(c, preprocess) for c in complaints], max_length)
 
 
@@ -70,38 +67,33 @@ class Classifier:
         if not (run / "classifier.json").is_file():
             raise InputError(f"{run} was stopped before it was finished: train it again")
         result = hub.read_json(run / "classifier.json")
-        if result.get("split_rule", 1) != data.SPLIT_RULE:
-            raise InputError(f"{run} was made by an older version: train it again")
+        data.check_split_rule(result.get("split_rule"), run)
         model = load_model(run, device=compute.device)
         try:
             return cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
                        min(run_json["max_length"], model.config.context), result["out_of_fold"],
                        set(result["trained_on"]))
         except KeyError as error:
-            raise InputError(f"{run} is broken, {error} is missing in its run.json or classifier.json: "
-                             "train it again") from error
+            message = f"{run} is broken, its run.json or classifier.json lacks {error}: train it again"
+            raise InputError(message) from error
 
     def probabilities(self, complaints, compute, progress=None):
-        """(n, 3) calibrated probabilities of (non-critical, neutral, critical); how many complaints were cut.
-
-        A complaint that the model was trained on gets its out-of-fold probabilities, where the run has them.
-        """
+        """(n, 3) calibrated probabilities of (non-critical, neutral, critical), those out of fold where the
+        run has them for a complaint; how many complaints were cut."""
         ids, cut = encode_complaints(self.tokenizer, complaints, preprocess=self.preprocess,
                                      max_length=self.max_length)
         logits = class_logits(self.model, ids, compute, progress=progress)
         probabilities = (logits / self.temperature).softmax(-1)
-        if self.out_of_fold:
-            for i, complaint in enumerate(complaints):
-                known = self.out_of_fold.get(data.complaint_id(complaint))
-                if known is not None:
-                    probabilities[i] = torch.tensor(known)
+        for i, complaint in enumerate(complaints):
+            known = self.out_of_fold.get(data.complaint_id(complaint))
+            if known is not None:
+                probabilities[i] = torch.tensor(known)
         return probabilities, cut
 
     def seen(self, complaints):
-        """How many of the complaints the model was trained on, without out-of-fold probabilities for them: it
-        is too sure of these."""
-        ids = [data.complaint_id(complaint) for complaint in complaints]
-        return sum(i in self.trained_on and i not in self.out_of_fold for i in ids)
+        """How many of the complaints the model is too sure of: trained on, with nothing out of fold."""
+        too_sure = self.trained_on - self.out_of_fold.keys()
+        return sum(data.complaint_id(complaint) in too_sure for complaint in complaints)
 
 
 def check_target(to):
@@ -124,58 +116,50 @@ def annotate_table(classifier, table, to, columns, compute):
     to.parent.mkdir(parents=True, exist_ok=True)
 
     # How far a call before this one came
-    partial = Path(f"{to}.partial")
-    journal = Path(f"{to}.partial.json")
-    job = {"table": data.file_fingerprint(table), "columns": columns,
-           "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
-    progress = {"job": job, "rows": 0, "bytes": 0, "cut": 0, "seen": 0, "labelled": 0}
-    if journal.exists() and partial.exists():
-        before = hub.read_json(journal)
-        if before.get("job") == job:
-            progress = before
-            print(f"{to}: going on after row {progress['rows']:,}")
+    partial, journal = Path(f"{to}.partial"), Path(f"{to}.partial.json")
+    inputs = {"table": data.file_fingerprint(table), "columns": columns,
+              "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
+    done = Counter()  # rows, bytes, and how many complaints were cut, seen, labelled
+    before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
+    if before.get("inputs") == inputs:
+        done.update(before["done"])
+        print(f"{to}: going on after row {done['rows']:,}")
 
     # The next rows; a table that cannot be read is refused before anything is written
     total = sum(1 for _ in tables.read_rows(table))
-    pairs = tables.usable_pairs(table, needed=("complaint",), columns=columns)
-    for _ in islice(pairs, progress["rows"]):
-        pass
+    pairs = islice(tables.usable_pairs(table, needed=("complaint",), columns=columns), done["rows"], None)
     chunk = list(islice(pairs, CHUNK))
 
-    with open(partial, "r+" if progress["rows"] else "w", encoding="utf-8", newline="") as file, \
-            tqdm(total=total, initial=progress["rows"], unit="row", desc="severity", mininterval=1) as bar:
-        file.truncate(progress["bytes"])
-        file.seek(0, os.SEEK_END)
+    with open(partial, "a", encoding="utf-8", newline="") as file, \
+            tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
+        file.truncate(done["bytes"])
         while chunk:
             complaints = [pair.complaint for pair in chunk]
             probabilities, cut = classifier.probabilities(complaints, compute, bar)
-            write_rows(file, to.suffix.lower(), chunk, probabilities, header=not progress["rows"])
+            write_rows(file, to.suffix.lower(), chunk, probabilities, header=not done["rows"])
             file.flush()
-            progress["rows"] += len(chunk)
-            progress["bytes"] = file.tell()
-            progress["cut"] += cut
-            progress["seen"] += classifier.seen(complaints)
-            progress["labelled"] += sum(pair.severity is not None for pair in chunk)
-            checkpoint.write_json(journal, progress)
+            done.update(rows=len(chunk), cut=cut, seen=classifier.seen(complaints),
+                        labelled=sum(pair.severity is not None for pair in chunk))
+            done["bytes"] = file.tell()
+            checkpoint.write_json(journal, {"inputs": inputs, "done": done})
             chunk = list(islice(pairs, CHUNK))
     os.replace(partial, to)
     journal.unlink()
 
-    print(f"wrote {to}: {progress['rows']:,} rows, "
-          f"{progress['cut']:,} complaints cut to {classifier.max_length} tokens")
-    if progress["labelled"]:
-        print(f"  {progress['labelled']:,} rows came with a severity, which stays; "
-              "without that column it would be the likeliest class")
-    if progress["seen"]:
-        print(f"  the classifier was trained on {progress['seen']:,} of these complaints, "
+    print(f"wrote {to}: {done['rows']:,} rows, {done['cut']:,} complaints cut to "
+          f"{classifier.max_length} tokens")
+    if done["labelled"]:
+        print(f"  {done['labelled']:,} rows came with a severity, which stays")
+    if done["seen"]:
+        print(f"  the classifier was trained on {done['seen']:,} of these complaints, "
               "so it is too sure of them: train it with --folds 5")
 
 
 def annotated(classifier_run, table, columns, compute):
     """Path of the annotated table, made on the first call and kept in the classifier's run folder."""
     classifier = Classifier.load(classifier_run, compute)
-    name = data.digest(data.file_fingerprint(table), columns)
-    to = Path(classifier_run) / "annotated" / f"{Path(table).stem}-{name}.jsonl"
+    name = f"{Path(table).stem}-{data.digest(data.file_fingerprint(table), columns)}.jsonl"
+    to = Path(classifier_run) / "annotated" / name
     if to.exists():
         print(f"severity of {table} is known: {to}")
     else:
@@ -187,9 +171,7 @@ def write_rows(file, ending, pairs, probabilities, *, header):
     """Appends rows to a .jsonl, .csv or .tsv file. probabilities (n, 3); header: write the names first."""
     rows = []
     for pair, row in zip(pairs, probabilities.tolist()):
-        label = pair.severity
-        if label is None:
-            label = row.index(max(row))
+        label = row.index(max(row)) if pair.severity is None else pair.severity
         values = (pair.complaint, pair.response, CLASSES[label], *(round(p, 6) for p in row))
         fields = dict(zip(FIELDS, values))
         for name, cell in pair.others.items():
@@ -198,7 +180,7 @@ def write_rows(file, ending, pairs, probabilities, *, header):
     if ending == ".jsonl":
         file.writelines(json.dumps(fields, ensure_ascii=False) + "\n" for fields in rows)
         return
-    writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if ending == ".tsv" else ",")
+    writer = csv.DictWriter(file, rows[0], delimiter="\t" if ending == ".tsv" else ",")
     if header:
         writer.writeheader()
     writer.writerows(rows)

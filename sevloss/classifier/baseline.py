@@ -14,25 +14,21 @@ def majority_logits(targets, rows):
     return targets.mean(0).clamp(min=1e-6).log().expand(rows, 3)
 
 
-def linear_logits(texts, targets, others, *, strength=1.0):
-    """Logistic regression on TF-IDF of character 2- to 5-grams, trained on texts (n) and targets (n, 3).
-
-    others: lists of texts -> list of their logits, (m, 3) each. strength: of the L2 penalty, strength / 2 *
-    |W|^2 beside the summed loss.
-    """
+def linear_logits(texts, targets, others):
+    """Logistic regression on TF-IDF of character 2- to 5-grams, trained on texts (n) and targets (n, 3) with
+    an L2 penalty of |W|^2 / 2 beside the summed loss. others: lists of m texts -> list of (m, 3) logits."""
     # The n-grams that occur in two texts or more, and the inverse document frequency of each
     counts = [ngrams(text) for text in texts]
     frequency = Counter(gram for count in counts for gram in count)
-    vocabulary = [gram for gram, n in frequency.items() if n > 1]
-    index = {gram: i for i, gram in enumerate(vocabulary)}
-    idf = {gram: math.log((1 + len(texts)) / (1 + frequency[gram])) + 1 for gram in vocabulary}
+    idf = {gram: math.log((1 + len(texts)) / (1 + n)) + 1 for gram, n in frequency.items() if n > 1}
+    index = {gram: i for i, gram in enumerate(idf)}
 
     def bags(counts):
         """The n-grams of each text and their TF-IDF, of length 1, laid end to end for embedding_bag."""
         ids, starts, values = [], [], []
         for count in counts:
-            tf_idf = {gram: (1 + math.log(n)) * idf[gram] for gram, n in count.items() if gram in index}
-            length = math.hypot(*tf_idf.values()) or 1.0
+            tf_idf = {gram: (1 + math.log(n)) * idf[gram] for gram, n in count.items() if gram in idf}
+            length = math.hypot(*tf_idf.values())
             starts.append(len(ids))
             ids += [index[gram] for gram in tf_idf]
             values += [value / length for value in tf_idf.values()]
@@ -41,15 +37,14 @@ def linear_logits(texts, targets, others, *, strength=1.0):
     def logits(ids, starts, values):
         return F.embedding_bag(ids, weight, starts, mode="sum", per_sample_weights=values) + bias  # (n, 3)
 
-    weight = torch.zeros(len(vocabulary), 3, requires_grad=True)
+    weight = torch.zeros(len(idf), 3, requires_grad=True)
     bias = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
     train = bags(counts)
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits(*train), targets, reduction="sum")
-        loss = loss + strength / 2 * weight.square().sum()
+        loss = F.cross_entropy(logits(*train), targets, reduction="sum") + weight.square().sum() / 2
         loss.backward()
         return loss
     optimizer.step(closure)

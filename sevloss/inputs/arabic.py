@@ -27,13 +27,6 @@ _MAILS = [
     re.compile(r"(?<![\w-])[\w-]+@(?:[\w-]+\.)+[\w-]+"),  # few get here: a.b@c.com was taken for a link
     re.compile(r"(?<!\S)\S+@\S+"),
 ]
-_USER = re.compile(r"@\w+")
-_MARKS = re.compile("[\u064b-\u0652\u0640]+")  # fathatan to sukun, and tatweel
-_TAG = re.compile(r"<[^>]+>")
-_REPEATED = re.compile(r"(\D)\1\1+")
-_SYMBOL = re.compile(rf"[^0-9a-zA-Z{_LETTERS}\[\]\s]")
-_NUMBER_WORD = re.compile(rf"([0-9]+)([{_LETTERS}]+)")
-_WORD_NUMBER = re.compile(rf"(?<![{_LETTERS}])([{_LETTERS}]++)([0-9]+)")
 _NOT_KEPT = re.compile(
     rf"[^0-9a-zA-Z{_LETTERS}\s"
     "\u0653-\u065f"  # combining marks from madda on
@@ -42,24 +35,9 @@ _NOT_KEPT = re.compile(
     r"""!"#$%'()*+,\-.:;<=>?@\[\\\]^_`{|}~"""  # ASCII but for & and /
     "٪٫٬،؛؟«»·–—‘’“”…]"
 )
-
-
-def _quoted(mark):
-    # The lookahead leaves one way to take the spaces apart; without it, a mark before n spaces costs n³ steps
-    return re.compile(rf"{mark}\s+(?=[^\s{mark}]|\s\s{mark})([^{mark}]+)\s{mark}")
-
-
-_QUOTES = [
-    (_quoted('"'), r'"\1"'),
-    (_quoted("'"), r"'\1'"),
-    (_quoted("`"), r"\\`\1\\`"),  # the backslashes, here and below, are the original's
-    (_quoted("—"), r"\\—\1\\—"),
-]
-_DECIMAL_POINT = re.compile(r"(\d) \. (\d+)")
-_DECIMAL_COMMA = re.compile(r"(\d) , (\d+)")
-_SPACE_AROUND = re.compile(r" ([-+<=>@\\^_|–]) ")
-_SPACE_BEFORE = re.compile(r" ([!#$%),.:;?\]}٪’،؟”؛…»·])")
-_SPACE_AFTER = re.compile(r"([(\[{“«‘*~]) ")
+# The lookahead leaves one way to take the spaces apart; without it, a mark before n spaces costs n³ steps.
+_QUOTED = r"{0}\s+(?=[^\s{0}]|\s\s{0})([^{0}]+)\s{0}"
+_QUOTES = {'"': r'"\1"', "'": r"'\1'", "`": r"\\`\1\\`", "—": r"\\—\1\\—"}  # \\ as in the original
 
 
 def preprocess(text: str) -> str:
@@ -71,21 +49,22 @@ def preprocess(text: str) -> str:
     'ضغط الدم 120 - 80 ، والسكر 5 . 5 % ! !'
     """
     text = html.unescape(text)  # 1. HTML entities, once: &amp;lt; becomes &lt;
-    text = _MARKS.sub("", text)  # 2. diacritics, 3. tatweel
+    text = re.sub("[\u064b-\u0652\u0640]+", "", text)  # 2. diacritics: fathatan to sukun, 3. tatweel
     for pattern in _LINKS:  # 4. links, e-mail addresses, @names: one after the other
         text = pattern.sub(" [رابط] ", text)
     if "@" in text:  # few texts have one, and looking is cheaper than matching
         for pattern in _MAILS:
             text = pattern.sub(" [بريد] ", text)
-        text = _USER.sub(" [مستخدم] ", text)
+        text = re.sub(r"@\w+", " [مستخدم] ", text)
     text = text.replace("<br />", " ")  # 5. tags; this one first, for it may stand in another: "<b <br /> c>"
-    text = _TAG.sub(" ", text)
+    text = re.sub(r"<[^>]+>", " ", text)
     for value, digit in enumerate("٠١٢٣٤٥٦٧٨٩"):  # 6. Arabic-Indic digits
         text = text.replace(digit, str(value))
-    text = _REPEATED.sub(r"\1\1", text)  # 7. three or more of the same become two, but for digits
-    text = _SYMBOL.sub(r" \g<0> ", text)  # 8. space around symbols, and between numbers and Arabic words
-    text = _NUMBER_WORD.sub(r" \1 \2 ", text)
-    text = _WORD_NUMBER.sub(r" \1 \2 ", text)
+    text = re.sub(r"(\D)\1\1+", r"\1\1", text)  # 7. three or more of the same become two, but for digits
+    # 8. space around symbols, and between numbers and Arabic words
+    text = re.sub(rf"[^0-9a-zA-Z{_LETTERS}\[\]\s]", r" \g<0> ", text)
+    text = re.sub(rf"([0-9]+)([{_LETTERS}]+)", r" \1 \2 ", text)
+    text = re.sub(rf"(?<![{_LETTERS}])([{_LETTERS}]++)([0-9]+)", r" \1 \2 ", text)
     text = text.replace("/", "-")  # 9. the vocabulary has no slash
     text = _NOT_KEPT.sub(" ", text)  # 10. emoji, presentation forms, invisible characters
     return " ".join(text.split())  # 11. white space
@@ -99,11 +78,12 @@ def unpreprocess(text: str) -> str:
     >>> unpreprocess('ضغط الدم 120 - 80 ، والسكر " 5 . 5 % " !')
     'ضغط الدم 120-80، والسكر "5.5%"!'
     """
-    for pattern, replacement in _QUOTES:  # 1. inside quotation marks, paired from the left
-        text = pattern.sub(replacement, text)
+    for mark, replacement in _QUOTES.items():  # 1. inside quotation marks, paired from the left
+        text = re.sub(_QUOTED.format(mark), replacement, text)
     text = " ".join(text.replace(".", " . ").split())  # 2. full stops apart: a model may leave out the spaces
-    text = _DECIMAL_POINT.sub(r"\1.\2", text)  # 3. decimals, pairwise: 1 . 2 . 3 becomes 1.2 . 3
-    text = _DECIMAL_COMMA.sub(r"\1,\2", text)
-    text = _SPACE_AROUND.sub(r"\1", text)  # 4. around operators, before closing marks, after opening marks
-    text = _SPACE_BEFORE.sub(r"\1", text)
-    return _SPACE_AFTER.sub(r"\1", text)
+    text = re.sub(r"(\d) \. (\d+)", r"\1.\2", text)  # 3. decimals, pairwise: 1 . 2 . 3 becomes 1.2 . 3
+    text = re.sub(r"(\d) , (\d+)", r"\1,\2", text)
+    # 4. no space around operators, before closing marks, after opening marks
+    text = re.sub(r" ([-+<=>@\\^_|–]) ", r"\1", text)
+    text = re.sub(r" ([!#$%),.:;?\]}٪’،؟”؛…»·])", r"\1", text)
+    return re.sub(r"([(\[{“«‘*~]) ", r"\1", text)

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import pickle
-import re
 from pathlib import Path
 
 import torch
@@ -34,8 +32,6 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model")
-SHARDS = {"model.safetensors.index.json": "model-*.safetensors",
-          "pytorch_model.bin.index.json": "pytorch_model-*.bin"}
 OTHER_FILES = ("config.json", "adapter_config.json", "merges.txt", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json")
 
@@ -45,7 +41,7 @@ class Unreachable(InputError):
 
 
 def full_name(ckpt) -> str:
-    """What another program or folder finds the checkpoint by: the folder's absolute path, or the hub id."""
+    """What the checkpoint is found by from anywhere: the folder's absolute path, or the hub id."""
     if Path(ckpt).is_dir():
         return str(Path(ckpt).resolve())
     return SHORT_NAMES.get(str(ckpt).lower(), str(ckpt))
@@ -57,10 +53,7 @@ def local_folder(ckpt) -> Path:
     Downloads go through huggingface_hub: its cache (HF_HOME), its server (HF_ENDPOINT), its offline switch
     (HF_HUB_OFFLINE=1). Raises InputError for what is no checkpoint, Unreachable where there is no connection.
     """
-    folder = _folder(ckpt)
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise InputError(f"{ckpt} has no config.json, so it is no checkpoint")
-    return folder
+    return find_file(ckpt, ("config.json", "adapter_config.json")).parent
 
 
 def _folder(ckpt):
@@ -74,7 +67,7 @@ def _download(repository):
         raise InputError(f"{repository} is neither a folder, nor a hub id like owner/name, nor one of "
                          f"{', '.join(SHORT_NAMES)}")
     try:
-        # Once and not for long; a download would be tried for half a minute where there is no connection
+        # Asked here, because snapshot_download has no timeout: it would wait for a silent network
         listed = HfApi().model_info(repository, timeout=10).siblings
     except errors.HFValidationError as error:
         raise InputError(f"{repository} is neither a folder nor a valid hub id") from error
@@ -83,18 +76,19 @@ def _download(repository):
 
     files = {file.rfilename for file in listed}
     weights = next((name for name in (*ADAPTERS, *WEIGHTS) if name in files), "")
-    wanted = [*OTHER_FILES, *TOKENIZERS, weights, SHARDS.get(weights, "")]
+    shards = weights.removesuffix(".index.json").replace(".", "-*.")
+    wanted = [*OTHER_FILES, *TOKENIZERS, weights, shards]
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted))
     except errors.GatedRepoError as error:
-        raise InputError(f"{repository} is gated: "
-                         "accept its terms on the hub, then run `hf auth login`") from error
+        message = f"{repository} is gated: accept its terms on the hub, then run `hf auth login`"
+        raise InputError(message) from error
     except (errors.HTTPError, OSError) as error:
         raise InputError(f"downloading {repository} failed: {_first_line(error)}") from error
 
 
 def _cached(repository, reason):
-    """The repository's folder as it was downloaded before. reason: what asking the hub raised."""
+    """The repository's folder as downloaded before. reason: what asking the hub raised."""
     try:
         return Path(snapshot_download(repository, allow_patterns="config.json", local_files_only=True))
     except errors.LocalEntryNotFoundError:
@@ -116,8 +110,7 @@ def find_file(ckpt, names) -> Path:
                     raise InputError(f"{path} is a git-lfs pointer in place of the file: "
                                      "run `git lfs pull` in its folder")
             return path
-    none = "none of" if len(names) > 1 else "no"
-    raise InputError(f"the checkpoint {ckpt} has {none} {', '.join(names)}: "
+    raise InputError(f"the checkpoint {ckpt} has no {' or '.join(names)}: "
                      "complete its download, or take another checkpoint")
 
 
@@ -127,10 +120,9 @@ def read_json(path) -> dict:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} in place of names and values")
+        return content
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {_first_line(error)}; "
-                         "correct it or get it again") from error
-    return content
+        raise InputError(f"{path} cannot be read as JSON: {error}; correct it or get it again") from error
 
 
 def read_optional(ckpt, name) -> dict:
@@ -140,11 +132,8 @@ def read_optional(ckpt, name) -> dict:
 
 
 def stored_tensors(ckpt) -> dict:
-    """{name: function that reads that tensor}, of one file or of all shards.
-
-    A caller that drops each function when it has called it holds one tensor more than it keeps. A .bin is
-    read whole, and its tensors are freed one by one.
-    """
+    """{name: function that reads that tensor}, of one file or of all shards. A caller that drops each of them
+    after its call holds little more than it keeps, also of a .bin, which is read whole."""
     path = find_file(ckpt, WEIGHTS)
     if not path.name.endswith(".index.json"):
         return open_tensors(path)
@@ -153,14 +142,12 @@ def stored_tensors(ckpt) -> dict:
         raise InputError(f"{path} has no weight_map, so it does not say where the tensors are: get it again")
     tensors = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:  # an index may not point outside its folder
-            raise InputError(f"{path} names a shard outside its folder: {shard}; "
-                             "get it from a place you trust")
+        if Path(shard).name != shard:
+            raise InputError(f"{path} names a shard outside its folder, {shard}: do not trust it")
         tensors |= open_tensors(find_file(ckpt, (shard,)))
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise InputError(f"{path} says that {shard} holds {name}, which it does not: "
-                             "get the index and all shards again")
+    for name in weight_map.keys() - tensors.keys():
+        shard = weight_map[name]
+        raise InputError(f"{path} says that {shard} holds {name}, which it does not: get both again")
     return tensors
 
 
@@ -174,11 +161,10 @@ def open_tensors(path) -> dict:
             return {name: functools.partial(file.get_tensor, name) for name in file.keys()}
         state = torch.load(path, map_location="cpu", weights_only=True)  # can make tensors and nothing else
     except Exception as error:  # what broken files raise has no common class
-        if found := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own message explains how to run it
-            raise InputError(f"{refusal} (this one runs {found[1]})") from error
-        unpickling = isinstance(error, pickle.UnpicklingError)
-        what = "it is not what torch.save writes" if unpickling else _first_line(error).split(". ")[0]
-        raise InputError(f"{path} is broken or not finished downloading: {what}; "
+        if "GLOBAL" in str(error):  # torch's own message explains how to run it
+            raise InputError(refusal) from error
+        reason = _first_line(error).split(". ")[0]
+        raise InputError(f"{path} is broken or not finished downloading: {reason}; "
                          "delete it and get it again") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(refusal)

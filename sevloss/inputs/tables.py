@@ -27,20 +27,17 @@ COLUMN_NAMES = {
     "specialty": ("specialty", "category", "type", "التخصص"),
 }
 PROBABILITIES = ("non_critical", "neutral", "critical")
-LABELS = {"noncritical": 0, "neutral": 1, "critical": 2,  # as _plain spells them
-          "غيرحرج": 0, "متوسط": 1, "حرج": 2}
+# As _plain spells them
+LABELS = {"noncritical": 0, "neutral": 1, "critical": 2, "غيرحرج": 0, "متوسط": 1, "حرج": 2}
 
-
-# --- rows ---------------------------------------------------------------------------------------------------
 
 def read_rows(path):
     """Yields (row number as an editor or spreadsheet shows it, {column: text}) of each row that is not empty.
 
-    path: a .jsonl, .csv, .tsv or .xlsx. A row with more cells than the header comes as None. Raises
-    InputError where the file cannot be read.
+    A row with more cells than the header comes as None. Raises InputError where the file cannot be read.
     """
     path = Path(path)
-    ending = path.suffix.lower()
+    ending = path.suffix.lower() or "a file without an ending"
     if not path.is_file():
         raise InputError(f"{path}: no such file; --data names another table")
     number = 1
@@ -53,20 +50,19 @@ def read_rows(path):
             sheet = CalamineWorkbook.from_path(path).get_sheet_by_index(0)
             rows = _rows_below_header(path, enumerate(sheet.iter_rows(), 1))
         else:
-            raise InputError(f"{path}: a table is one of .jsonl, .csv, .tsv, .xlsx, "
-                             f"not {ending or 'a file without an ending'}")
+            raise InputError(f"{path}: a table is one of .jsonl, .csv, .tsv, .xlsx, not {ending}")
         for number, row in rows:
             yield number, row
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start} of a block is "
-                         f"0x{error.object[error.start]:02x}): save it as UTF-8, "
-                         "e.g. iconv -f WINDOWS-1256 -t UTF-8") from error
+        byte = f"byte {error.start} of a block is 0x{error.object[error.start]:02x}"
+        message = f"{path} is not UTF-8 ({byte}): save it as UTF-8, e.g. iconv -f WINDOWS-1256 -t UTF-8"
+        raise InputError(message) from error
     except csv.Error as error:
-        raise InputError(f"{path}, below row {number}: {error}; "
-                         "quote marks inside a cell must be doubled") from error
+        message = f"{path}, below row {number}: {error}; quote marks inside a cell must be doubled"
+        raise InputError(message) from error
     except CalamineError as error:
-        reason, _, _ = str(error).partition("\n")
-        raise InputError(f"{path} cannot be read as an Excel workbook: {reason}") from error
+        first_line = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read as an Excel workbook: {first_line}") from error
 
 
 def _jsonl_rows(path):
@@ -94,7 +90,7 @@ def _csv_lines(path, delimiter):
 
 
 def _rows_below_header(path, lines):
-    """(number, cells) of each line -> (number, {column: text}) of each below the first that is not empty."""
+    """(number, cells) of each line -> (number, {column: text}); the first that is not empty is the header."""
     header = None
     for number, cells in lines:
         cells = [_text(cell) for cell in cells]
@@ -102,8 +98,8 @@ def _rows_below_header(path, lines):
             continue
         if header is None:
             header = cells
-            for i, name in enumerate(header):
-                if name and name in header[:i]:
+            for name in filter(None, header):
+                if header.count(name) > 1:
                     raise InputError(f"{path} has two columns called {name!r}: rename one")
         elif any(cells[len(header):]):
             yield number, None
@@ -126,19 +122,16 @@ def _text(value):
         return ""
     if isinstance(value, float) and value.is_integer():  # a spreadsheet's 3 is 3.0
         value = int(value)
-    nested = isinstance(value, (list, dict))
-    text = json.dumps(value, ensure_ascii=False) if nested else str(value)
+    if isinstance(value, (list, dict)):
+        return _Nested(_text(json.dumps(value, ensure_ascii=False)))
+    text = str(value)
     if not text.isprintable():  # most are, and finding that out is cheaper
         text = _DROPPED.sub("", _LINE_BREAK.sub("\n", text))
-    text = text.strip()
-    return _Nested(text) if nested else text
+    return text.strip()
 
-
-# --- columns ------------------------------------------------------------------------------------------------
 
 def find_columns(path, columns, given, needed):
-    """{role: column}. columns: of the table; given: {role: column} from the command line; needed: roles that
-    must be there."""
+    """{role: column}. columns: the table's; given: {role: column}, before the usual names; needed: roles."""
     for role, name in given.items():
         if role not in COLUMN_NAMES:
             raise InputError(f"--columns {role}=...: a role is one of {', '.join(COLUMN_NAMES)}")
@@ -151,9 +144,8 @@ def find_columns(path, columns, given, needed):
             if _plain(name) in by_plain_name:
                 found.setdefault(role, by_plain_name[_plain(name)])
 
-    taken = list(found.values())
-    for name in taken:
-        if taken.count(name) > 1:
+    for name in found.values():
+        if list(found.values()).count(name) > 1:
             raise InputError(f"{path}: --columns gives the column {name!r} two roles")
     if 0 < len(found.keys() & set(PROBABILITIES)) < 3:
         raise InputError(f"{path} has some but not all of the columns {', '.join(PROBABILITIES)}")
@@ -180,8 +172,6 @@ def parse_columns(words):
     return columns
 
 
-# --- pairs --------------------------------------------------------------------------------------------------
-
 class Pair(NamedTuple):
     row: int  # in the table
     complaint: str
@@ -192,9 +182,9 @@ class Pair(NamedTuple):
     others: dict  # the table's other columns, as text: the same ones in every row
 
 
-def read_pairs(path, *, needed, columns=None, probabilities="optional"):
+def read_pairs(path, **options):
     """usable_pairs as a list"""
-    return list(usable_pairs(path, needed=needed, columns=columns, probabilities=probabilities))
+    return list(usable_pairs(path, **options))
 
 
 def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
@@ -203,29 +193,24 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     needed: what a row must have, of "complaint", "response" and "severity". columns: {role: column}, where
     the usual names will not do. probabilities: "optional", "required", or "if present": required where the
     table has their columns, so that runs with and without weights get the same rows. What is not required and
-    cannot be read counts as missing. InputError where the table cannot be read, lacks a column, or has no
-    usable row.
+    cannot be read counts as missing. InputError where the table cannot be used.
     """
     rows = read_rows(path)
     head = list(islice(rows, 1000))  # a .jsonl row may lack a field that others have
     if not head:
         raise InputError(f"{path} has no rows")
-    names = {}  # of the columns; a dict, because it keeps their order
+    names = {}  # of the columns, in order
     for _, row in head:
         names |= dict.fromkeys(row or ())
     if not names:
         raise InputError(f"{path}: all rows have more cells than the header")
     found = find_columns(path, names, columns or {}, needed)
-    has_probabilities = PROBABILITIES[0] in found
-    if probabilities == "required" and not has_probabilities:
+    if probabilities == "required" and "critical" not in found:
         raise InputError(f"{path} has no severity probabilities: give --classifier RUN, or --weighting none, "
                          f"or name their columns: --columns {'=COLUMN '.join(PROBABILITIES)}=COLUMN")
     print(f"{path}: " + ", ".join(f"{role} = {name!r}" for role, name in found.items()))
     others = [name for name in names if name not in found.values() or name == found.get("specialty")]
-    present = {*found, "probabilities"} if has_probabilities else {*found}
-    required = list(needed)
-    if has_probabilities and probabilities != "optional":
-        required.append("probabilities")
+    required = [*needed] if probabilities == "optional" else [*needed, *PROBABILITIES]
 
     used = 0
     left_out = defaultdict(list)  # reason -> row numbers
@@ -239,8 +224,8 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
         if reasons:
             left_out[reasons[0]].append(number)
             continue
-        for role in problems.keys() & present:
-            incomplete[problems[role]].append(number)
+        for reason in set(problems.values()):
+            incomplete[reason].append(number)
         used += 1
         yield pair
     if not used:
@@ -264,7 +249,7 @@ _LETTER = re.compile(r"[^\W_]")  # or a digit
 
 
 def _make_pair(number, row, columns, others):
-    """A Pair of what the row has, and {role: reason} of what it lacks or nobody can read."""
+    """A Pair of what the row has, and {role: reason} of the columns that lack it or that nobody can read."""
     cells = {role: row.get(columns.get(role), "") for role in COLUMN_NAMES}
     problems = {}
     for role in ("complaint", "response"):
@@ -275,27 +260,25 @@ def _make_pair(number, row, columns, others):
         problems["severity"] = "without a severity"
     elif severity is None:
         problems["severity"] = "with a severity other than non-critical, neutral, critical"
-    try:
-        probabilities = _parse_probabilities([cells[role] for role in PROBABILITIES])
-    except ValueError as reason:
-        probabilities = None
-        problems["probabilities"] = str(reason)
+    probabilities, problem = _parse_probabilities([cells[role] for role in PROBABILITIES])
+    if problem:
+        problems |= dict.fromkeys(PROBABILITIES, problem)
     pair = Pair(number, cells["complaint"], cells["response"], severity, probabilities, cells["specialty"],
                 {name: row.get(name, "") for name in others})
-    return pair, problems
+    return pair, {role: reason for role, reason in problems.items() if role in columns}
 
 
 def _parse_probabilities(cells):
-    """Three texts -> three numbers that sum to 1; ValueError says what is wrong with them."""
+    """Three texts -> three numbers that sum to 1, or None; what is wrong with them, or None."""
     if not any(cells):
-        raise ValueError("without probabilities")
+        return None, "without probabilities"
     try:
         values = [float(cell) for cell in cells]
     except ValueError:
-        raise ValueError("with a probability that is no number") from None
+        return None, "with a probability that is no number"
     total = sum(values)
     if not all(p >= 0 for p in values):  # NaN fails too
-        raise ValueError("with a probability that is negative or NaN")
+        return None, "with a probability that is negative or NaN"
     if abs(total - 1) > 0.02:  # three values rounded to two decimals may miss 1 by 0.015
-        raise ValueError("with probabilities that do not sum to 1")
-    return tuple(p / total for p in values)
+        return None, "with probabilities that do not sum to 1"
+    return tuple(p / total for p in values), None

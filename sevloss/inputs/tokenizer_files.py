@@ -14,8 +14,7 @@ from sevloss.inputs import hub
 GPT2_TOKENS = {"eos_token": "<|endoftext|>"}
 BERT_TOKENS = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
                "mask_token": "[MASK]"}
-DEFAULT_TOKENS = {"gpt2": GPT2_TOKENS, "aragpt2": GPT2_TOKENS, "qwen2": GPT2_TOKENS, "qwen3": GPT2_TOKENS,
-                  "bert": BERT_TOKENS}
+DEFAULT_TOKENS = dict.fromkeys(("gpt2", "aragpt2", "qwen2", "qwen3"), GPT2_TOKENS) | {"bert": BERT_TOKENS}
 # New ones get their ids in this order.
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -23,11 +22,8 @@ QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 
 
 def from_vocabulary(ckpt, path) -> Tokenizer:
-    """path: the checkpoint's vocab.json or vocab.txt.
-
-    Raises InputError for a sentencepiece model, for families that split text otherwise, and where
-    the vocabulary and the added tokens do not belong together.
-    """
+    """path: the checkpoint's vocab.json or vocab.txt. InputError for other kinds of tokenizers, and where the
+    vocabulary and the added tokens do not belong together."""
     family = hub.read_optional(ckpt, "config.json").get("model_type", "gpt2")
     if path.name == "vocab.txt":
         family = "bert"
@@ -38,20 +34,19 @@ def from_vocabulary(ckpt, path) -> Tokenizer:
 
     # Special tokens, and those added later: {id: token}
     config = hub.read_optional(ckpt, "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # newer files have it; it replaces the two others
+    if "added_tokens_decoder" in config:  # newer files have it; it replaces the two others
+        added = {int(i): _token(value) for i, value in config["added_tokens_decoder"].items()}
+    else:
         config |= hub.read_optional(ckpt, "special_tokens_map.json")
+        added = {i: _token(word) for word, i in hub.read_optional(ckpt, "added_tokens.json").items()}
     special = {}
     for name in SPECIAL:
         value = config.get(name, DEFAULT_TOKENS[family].get(name))
         if value:
-            special[name] = _token(value, True)
+            special[name] = _token(value, special=True)
     special_words = {token.content for token in special.values()}
-    added = {}
-    for i, value in config.get("added_tokens_decoder", {}).items():
-        added[int(i)] = _token(value, value.get("special") or value["content"] in special_words)
-    if "added_tokens_decoder" not in config:
-        for word, i in hub.read_optional(ckpt, "added_tokens.json").items():
-            added[i] = _token(word, word in special_words)
+    for token in added.values():
+        token.special |= token.content in special_words
 
     # The vocabulary, then these tokens: each once, those with an id of their own first
     if family == "bert":
@@ -59,12 +54,11 @@ def from_vocabulary(ckpt, path) -> Tokenizer:
     else:
         tokenizer = _byte_level_bpe(ckpt, path, config, family)
     tokens = {added[i].content: added[i] for i in sorted(added)}
-    for name, token in special.items():
-        known = tokenizer.token_to_id(token.content) is not None
-        if known or name in config:  # a default only where the vocabulary has it
+    for name, token in special.items():  # a default only where the vocabulary has it
+        if name in config or tokenizer.token_to_id(token.content) is not None:
             tokens.setdefault(token.content, token)
     for value in config.get("additional_special_tokens") or ():
-        token = _token(value, True)
+        token = _token(value, special=True)
         tokens.setdefault(token.content, token)
     tokenizer.add_tokens(list(tokens.values()))
     for i, token in added.items():
@@ -75,24 +69,24 @@ def from_vocabulary(ckpt, path) -> Tokenizer:
     return tokenizer
 
 
-def _token(value, special):
+def _token(value, special=False):
     """Files give a token as a string, or as an object with flags."""
     if isinstance(value, str):
-        return AddedToken(value, special=bool(special))
-    flags = {name: value[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in value}
-    return AddedToken(value["content"], special=bool(special), **flags)
+        value = {"content": value}
+    flags = ("content", "lstrip", "rstrip", "single_word", "normalized")
+    given = {name: value[name] for name in flags if name in value}
+    return AddedToken(**given, special=special or bool(value.get("special")))
 
 
 def _byte_level_bpe(ckpt, path, config, family):
     tokenizer = Tokenizer(models.BPE.from_file(str(path), str(hub.find_file(ckpt, ("merges.txt",)))))
+    qwen = family.startswith("qwen")
     prefix_space = bool(config.get("add_prefix_space"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(prefix_space)
-    if family.startswith("qwen"):
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(prefix_space, use_regex=not qwen)
+    if qwen:
+        split = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, tokenizer.pre_tokenizer])
         tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(prefix_space, use_regex=False),
-        ])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -109,8 +103,7 @@ def _wordpiece(path, config, special):
         lowercase=config.get("do_lower_case", True), strip_accents=config.get("strip_accents"),
         handle_chinese_chars=config.get("tokenize_chinese_chars", True))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[start, "$A", end], special_tokens=[(token, vocabulary[token]) for token in (start, end)])
+    tokenizer.post_processor = processors.BertProcessing((end, vocabulary[end]), (start, vocabulary[start]))
     tokenizer.decoder = decoders.WordPiece()
     whole = [token for token in config.get("never_split") or () if token in vocabulary]
     tokenizer.add_tokens([AddedToken(token, single_word=True, normalized=False) for token in whole])
