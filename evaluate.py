@@ -76,12 +76,12 @@ def newest_run():
 
 
 def check_names(names):
-    """Refuses a model that is given twice, and the run of an older version."""
+    """Refuses a model that is given twice, and runs of an older version."""
     places = [Path(name).resolve() if Path(name).exists() else name for name in names]
     for name, place in zip(names, places):
         if places.count(place) > 1:
             raise InputError(f"{name} is given twice")
-        checkpoint.check_layout(name)
+        checkpoint.check_layout(findings.run_folder(name) or name)
 
 
 def test_rows(args, trained):

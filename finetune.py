@@ -79,7 +79,7 @@ def parse_arguments():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; parameters stay fp32")
-    add("--micro-tokens", type=int, default=4096, help="most tokens held at once; the result is the same")
+    add("--micro-tokens", type=int, default=4096, help="at most so many tokens in memory at once")
     add("--gradient-checkpointing", action="store_true", help="less memory: compute each block twice")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
@@ -218,7 +218,7 @@ def main():
         columns = {}
     elif args.classifier:
         probabilities = "optional"
-        print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not asked")
+        print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not used")
     reading = dict(needed=("complaint", "response"), probabilities=probabilities, columns=columns)
 
     # ---- model and tokenizer; seeded here: runs that differ only in their weights start from the same model

@@ -1,10 +1,8 @@
-"""Fine-tune a BERT encoder to give p(non-critical), p(neutral), p(critical) of a complaint; calibrate it;
-annotate tables.
+"""Fine-tune a BERT encoder to give p(non-critical), p(neutral), p(critical); calibrate it; annotate tables.
 
-    python train_classifier.py                                                   # embedded sample, small
-    model, offline python train_classifier.py --ckpt arabertv02 --data posts.xlsx --folds 5 --out
-    runs/severity python train_classifier.py --ckpt runs/severity --annotate maqa.xlsx --to
-    maqa_severity.jsonl
+    python train_classifier.py                                      # embedded sample, small model, offline
+    python train_classifier.py --ckpt arabertv02 --data posts.xlsx --folds 5 --out runs/severity
+    python train_classifier.py --ckpt runs/severity --annotate maqa.xlsx --to maqa_severity.jsonl
 """
 
 import argparse
@@ -302,7 +300,7 @@ def train_and_save(args, compute):
     train = sides["train"]
     validation = sides["validation"]
     print(f"{len(train):,} rows to train on, {len(validation):,} to validate on, {len(sides['test']):,} "
-          "kept aside")
+          "kept for evaluate.py")
     conflicts = int((soft_targets(pairs)[1].max(-1).values < 1).sum())
     if conflicts:
         print(f"  {conflicts:,} complaints occur with different labels; their shares are the target")

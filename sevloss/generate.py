@@ -4,6 +4,7 @@ step."""
 import hashlib
 
 import torch
+import torch.nn.functional as F
 
 from sevloss import InputError
 from sevloss.data import pack
@@ -11,7 +12,7 @@ from sevloss.device import to_device
 from sevloss.models.attention import KVCache
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, in which autocast would cast every weight at every step
 def generate(model, prompts, *, max_new_tokens, eos_ids=(), temperature=0.0, top_p=1.0, seed=0):
     """prompts: list of id lists -> list of lists of the new ids, without the EOS that ended them.
 
@@ -26,22 +27,20 @@ def generate(model, prompts, *, max_new_tokens, eos_ids=(), temperature=0.0, top
         raise InputError(f"prompt and answer need {longest} tokens, the model reads {model.config.context}: "
                          "shorten one of them")
     device = model.head_weight.device
-    draws = None
-    if temperature:
-        draws = torch.stack([_uniform(seed, prompt, max_new_tokens) for prompt in prompts])
-        draws = to_device(draws, device)  # (B, max_new_tokens)
 
     # the prompts
     answers = [[] for _ in prompts]
     prompt_of_row = list(range(len(prompts)))  # unfinished ones have a row in the batch
     tokens, lengths = pack(prompts, device)
+    draws = torch.stack([_uniform(seed, prompt, max_new_tokens) for prompt in prompts])
+    draws = to_device(draws, device)  # (B, max_new_tokens): all at once, as each copy makes the host wait
     cache = KVCache(lengths, device)
     hidden = model(tokens, cache=cache)  # (N, D)
     hidden = hidden.index_select(0, cache.prompts.cu_seqlens[1:] - 1)  # (B, D), of each last token
 
     for step in range(max_new_tokens):
         # the next tokens
-        logits = (hidden @ model.head_weight.to(hidden.dtype).T).float()  # (B, V)
+        logits = F.linear(hidden, model.head_weight).float()  # (B, V); of a view, such as .T, no cast is kept
         if temperature:
             tokens = _sample(logits, temperature, top_p, draws[:, step])
         else:
@@ -62,7 +61,7 @@ def generate(model, prompts, *, max_new_tokens, eos_ids=(), temperature=0.0, top
             prompt_of_row = [prompt_of_row[row] for row in rows]
             index = to_device(torch.tensor(rows), device)
             tokens = tokens.index_select(0, index)
-            draws = draws.index_select(0, index) if temperature else None
+            draws = draws.index_select(0, index)
         hidden = model(tokens, cache=cache)  # (B, D)
     return answers
 

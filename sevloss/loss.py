@@ -4,7 +4,7 @@
     loss = sum_i w_i * (-log softmax(logits_i)[target_i]) / denominator
 
 The file imports torch alone and is made to be pasted into any code base. MIT licence, see LICENSE. It needs
-torch 2.4; the second half, in 16 bits on CUDA, 2.9.
+torch 2.4; the second half, in 16 bits on CUDA, 2.10.
 
 `weighted_token_ce` takes logits. `linear_weighted_token_ce` takes the hidden states and the output embedding,
 and never holds the (tokens x vocabulary) matrix: same value, same gradients, a fraction of the memory and
@@ -20,12 +20,9 @@ gradients then add up.
 import torch
 import torch.nn.functional as F
 
-SLICE = 2048  # rows of the head's gradient that a CPU handles at a time
-
 
 def severity_weights(probabilities, coefficients=(0.5, 1.0, 1.5)):
-    """(..., 3) probabilities of (non-critical, neutral, critical) -> (...) weights w = a p_nc + b p_n + c
-    p_c.
+    """Probabilities (..., 3) of (non-critical, neutral, critical) -> weights (...), a p_nc + b p_n + c p_c.
 
     The coefficients (a, b, c) default to the paper's "balanced" configuration; w is not normalised, as in the
     paper.
@@ -83,8 +80,10 @@ def _check_range(targets, classes, ignore_index):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The method ends here. What follows computes the same in less time and memory.
+# The method ends here. What follows is optional: it computes the same in less time and memory.
 # ------------------------------------------------------------------------------------------------------------
+
+SLICE = 2048  # rows of the head's gradient that a CPU handles at a time
 
 
 def linear_weighted_token_ce(hidden, head_weight, targets, weights=None, *, bias=None, denominator=None,
@@ -133,23 +132,23 @@ def linear_weighted_token_ce(hidden, head_weight, targets, weights=None, *, bias
 
 
 def _chunk_sizes(device_type, vocabulary, dtype):
-    """-> rows of a chunk, whose logits are held at once; rows of a block of it, which are worked on in
-    fp32."""
+    """-> rows of a chunk, whose logits are held at once; rows of a block of it, whose softmax is made at
+    once.
+
+    On a CPU a block is to stay in the cache. Elsewhere each operation costs a launch, so blocks are large: a
+    chunk of 960 MiB and two blocks in fp32 take 1.2 GiB.
+    """
+    row_bytes = vocabulary * dtype.itemsize
     if device_type == "cpu":
-        # small blocks stay in the cache
-        chunk_bytes = 256 * 2 ** 20
-        block = 16
-    else:
-        # few and large kernels: a launch costs as much time as a block of this size; 1.5 GiB in all
-        chunk_bytes = 960 * 2 ** 20
-        block = chunk_bytes // (16 * vocabulary * dtype.itemsize)
-    chunk = chunk_bytes // (vocabulary * dtype.itemsize)
-    return max(16, chunk // 16 * 16), max(16, block)
+        return max(16, 256 * 2 ** 20 // row_bytes), 16
+    block = max(1, 60 * 2 ** 20 // row_bytes)
+    return 16 * block, block
 
 
 class _LinearWeightedTokenCE(torch.autograd.Function):
-    """With G = softmax(logits) - onehot(targets):  d hidden = w G W / denominator,  d W = G^T (w X) /
-    denominator.
+    """With G = softmax(logits) - onehot(targets):
+
+        d hidden = w G W / denominator,  d W = G^T (w X) / denominator
 
     G of a chunk of rows replaces its logits in one buffer; a chunk needs three GEMMs (X W^T, G W, G^T X) and
     is then forgotten.
@@ -157,8 +156,8 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
     Weights and denominator are kept away from what is stored in 16 bits: a weight of 1/300 over a denominator
     of 100,000 would push fp16 below its smallest number long before a GradScaler's factor, which arrives with
     the upstream gradient, could lift it. So G is stored without them; w joins the rows of X for dW (divided
-    by a power of two near the largest w) and the rows of d hidden in the backward pass, in fp32, as 1 /
-    denominator does.
+    by a power of two near the largest w) and the rows of d hidden in the backward pass, in fp32, as
+    1 / denominator does.
     """
 
     @staticmethod
@@ -168,20 +167,23 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
         x = hidden.to(dtype)  # (N, D)
         head = head_weight.to(dtype)  # (V, D)
         w = weights.to(wide)  # (N,)
-        y = targets[:, None]  # (N, 1)
         rows, vocabulary = len(x), len(head)
-
-        # what is made
-        losses = w.new_empty(rows)
-        d_hidden = torch.empty_like(x) if need_hidden else None  # without w
-        d_head = torch.zeros_like(head, dtype=wide) if need_head else None
-        d_bias = w.new_zeros(vocabulary) if need_bias else None
 
         # scales of what is stored in 16 bits
         g_scale = 2.0 ** 8 if dtype == torch.float16 else 1.0  # fp16 would lose small entries of G
-        largest = torch.cat([w.abs(), w.new_full((1,), torch.finfo(wide).tiny)]).amax()
-        unit = largest.log2().floor().exp2()
-        x_weighted = (x * (w / unit)[:, None]).to(dtype)  # (N, D)
+        unit = F.pad(w.abs(), (0, 1), value=torch.finfo(wide).tiny).amax().log2().floor().exp2()
+        w_scaled = (w / unit)[:, None]  # (N, 1)
+        x_weighted = (x * w_scaled).to(dtype)  # (N, D)
+
+        # what is made
+        nll = torch.empty_like(w)  # (N,)
+        d_hidden = d_head = d_bias = None
+        if need_hidden:
+            d_hidden = torch.empty_like(x)  # without w
+        if need_head:
+            d_head = torch.zeros_like(head, dtype=wide)
+        if need_bias:
+            d_bias = w.new_zeros(vocabulary, 1)
 
         # buffers
         chunk, block = _chunk_sizes(hidden.device.type, vocabulary, dtype)
@@ -191,45 +193,46 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
         p_buffer = torch.empty_like(z_buffer)
 
         for start in range(0, rows, chunk):
-            c = slice(start, min(start + chunk, rows))
-            logits = torch.mm(x[c], head.T, out=buffer[:c.stop - start])  # (C, V)
+            c = slice(start, start + chunk)
+            logits = buffer[:len(x[c])]  # (C, V)
+            if bias is None:
+                torch.mm(x[c], head.T, out=logits)
+            else:
+                torch.addmm(bias.to(dtype), x[c], head.T, out=logits)
 
-            # logits -> softmax, a block at a time in fp32
-            z_max, z_target, p_max = w.new_empty(3, len(logits), 1)  # each (C, 1)
-            for i in range(0, len(logits), block):
-                b = slice(i, min(i + block, len(logits)))
-                z = z_buffer[:b.stop - i]  # (b, V)
-                p = p_buffer[:b.stop - i]
-                z.copy_(logits[b])
-                if bias is not None:
-                    z += bias
-                torch.softmax(z, -1, out=p)
-                torch.amax(z, -1, keepdim=True, out=z_max[b])
-                torch.amax(p, -1, keepdim=True, out=p_max[b])
-                torch.gather(z, 1, y[c][b], out=z_target[b])
-                if need_bias:
-                    d_bias += w[c][b] @ p
-                logits[b] = p.mul_(g_scale) if g_scale != 1 else p
+            # softmax in the place of the logits
+            at_target = torch.arange(len(logits), device=x.device), targets[c]
+            z_target = logits[at_target].to(wide)  # (C,)
+            z_max = logits.amax(1).to(wide)  # (C,)
+            p_max = torch.empty_like(z_max)
+            for z_block, p_max_block in zip(logits.split(block), p_max.split(block)):
+                z, p = z_buffer[:len(z_block)], p_buffer[:len(z_block)]  # (b, V)
+                z.copy_(z_block)
+                torch.softmax(z, 1, out=p)
+                torch.amax(p, 1, out=p_max_block)
+                if g_scale != 1:
+                    p *= g_scale
+                z_block.copy_(p)
 
-            # the loss: log-sum-exp is max z - log max p, exact where p of the target has underflowed
-            nll = z_max - p_max.log() - z_target  # (C, 1)
-            losses[c] = (nll * w[c, None]).squeeze(1)
+            # log-sum-exp is max z - log max p: exact where p of the target has underflowed
+            nll[c] = z_max - p_max.log() - z_target
 
             # softmax -> G: p - 1 at the targets
-            logits.scatter_(1, y[c], ((-nll).expm1() * g_scale).to(dtype))
+            g = logits  # (C, V)
+            g[at_target] = (torch.expm1(-nll[c]) * g_scale).to(dtype)
             if need_hidden:
-                torch.mm(logits, head, out=d_hidden[c])  # (C, D)
+                torch.mm(g, head, out=d_hidden[c])
             if need_head:
-                _add_product(d_head, logits.T, x_weighted[c])  # (V, D)
-        if need_bias:
-            d_bias.index_add_(0, targets, w, alpha=-1)
+                _add_product(d_head, g.T, x_weighted[c])
+            if need_bias:
+                _add_product(d_bias, g.T, w_scaled[c].to(dtype))
 
         ctx.save_for_backward(w, d_hidden, d_head, d_bias)
         ctx.dtypes = hidden.dtype, head_weight.dtype, None if bias is None else bias.dtype
         ctx.hidden_scale = 1 / g_scale
         ctx.head_scale = unit / g_scale
         ctx.denominator = denominator
-        return losses.sum() / denominator
+        return (w * nll).sum() / denominator
 
     @staticmethod
     def backward(ctx, upstream):
@@ -243,7 +246,7 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
             d_head = torch.mul(d_head, scale * ctx.head_scale,
                                out=torch.empty_like(d_head, dtype=ctx.dtypes[1]))
         if d_bias is not None:
-            d_bias = (d_bias * scale).to(ctx.dtypes[2])
+            d_bias = (d_bias.squeeze(1) * scale * ctx.head_scale).to(ctx.dtypes[2])
         return d_hidden, d_head, d_bias, None, None, None, None
 
 
@@ -251,11 +254,11 @@ def _add_product(out, a, b):
     """out += a @ b, where out (V, D) has at least fp32, and a (V, C) and b (C, D) may have 16 bits."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif a.is_cuda:
+    elif a.device.type != "cpu":
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:  # a CPU has no such kernel: products of slices that stay in the cache, added in fp32
-        for out_rows, a_rows in zip(out.split(SLICE), a.split(SLICE)):
+        for out_slice, a_slice in zip(out.split(SLICE), a.split(SLICE)):
             if a.dtype == torch.float16:  # the product need not fit into fp16
-                out_rows.addmm_(a_rows.float(), b.float())
+                out_slice.addmm_(a_slice.float(), b.float())
             else:
-                out_rows += a_rows @ b
+                out_slice += a_slice @ b

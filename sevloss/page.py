@@ -37,5 +37,5 @@ def picture(figure, title, path):
 
 def write_page(path, template, **content):
     """template: its path from this folder; content: its variables."""
-    text = _templates.get_template(template).render(content)
+    text = _templates.get_template(template).render(content).strip() + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -14,7 +14,7 @@ class Page(html.parser.HTMLParser):
         super().__init__()
         self.open = []  # (tag, attributes)
         self.tags = []  # (tag, attributes)
-        self.texts = []
+        self.texts = []  # with the white space that a browser shows
         self.arabic = []  # (text, whether it runs from right to left)
         self.sections = []  # titles, in order
         self.tables = defaultdict(list)  # section -> tables, lists of rows of cells
@@ -39,7 +39,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        self.texts.append(data)
+        self.texts.append(" ".join(data.split()))
         tag = self.open[-1][0] if self.open else ""
         if tag in ("td", "th"):
             self.tables[self.sections[-1]][-1][-1][-1] += data

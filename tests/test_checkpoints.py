@@ -849,15 +849,15 @@ LOAD = """
 import sys, time
 from sevloss import InputError
 from sevloss.models import load_model, load_tokenizer
+def sleep(seconds):
+    raise SystemExit(f"waits for {seconds} s")
+time.sleep = sleep  # as retries do
 for name in sys.argv[1:]:
-    began = time.perf_counter()
     try:
         total = sum(p.double().sum() for p in load_model(name).parameters()).item()
         print(name, total, load_tokenizer(name).get_vocab_size())
     except InputError as error:
         print(error)
-    if time.perf_counter() - began > 2:
-        print(name, "took", time.perf_counter() - began, "seconds")
 """
 
 

@@ -574,6 +574,9 @@ def kinds(base, answered, table, rows, golden, tmp_path, start):
     (checkpoint_of(base, tmp_path / "broken") / "config.json").write_text("{")
     old = copy_of(base, tmp_path / "old")
     checkpoint_of(base, old / "best")
+    rule = copy_of(base, tmp_path / "rule")
+    checkpoint.write_json(rule / "run.json", hub.read_json(rule / "run.json") | {"split_rule": 0})
+    checkpoint_of(base, rule / "merged")
     torn = copy_of(base, tmp_path / "torn")
     (torn / "run.json").write_text('{"script": "finet')
     curves = copy_of(base, tmp_path / "curves")
@@ -588,6 +591,8 @@ REFUSED = [
     ("{run} {run}/", "is given twice"),
     ("{model} {here}/../{here.name}/model", "is given twice"),
     ("{here}/old", "its best model is in"),
+    ("{here}/rule", "was made with split rule"),
+    ("{here}/rule/merged", "was made with split rule"),
     ("{here}/nowhere", "is neither a folder"),
     ("{here}/broken --data {table}", "cannot be read as JSON"),
     ("{here}/torn", "cannot be read as JSON"),

@@ -1,9 +1,11 @@
 """Decoding: the same as without cache and batch, and drawing that does not depend on the batch."""
 
+from collections import Counter
 from itertools import takewhile
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sevloss import InputError
 from sevloss.generate import _sample, generate
@@ -43,6 +45,23 @@ def greedy(model):
 def test_greedy_is_the_same_as_the_uncached_model(model, greedy):
     assert generate(model, PROMPTS, max_new_tokens=STEPS) == greedy
     assert [generate(model, [prompt], max_new_tokens=STEPS)[0] for prompt in PROMPTS] == greedy
+
+
+def test_autocast_casts_each_weight_once(model):
+    """A call, not a step: in inference_mode, or through a view, autocast would keep no cast."""
+    weights = {p.data_ptr(): name for name, p in model.named_parameters() if p.ndim == 2}
+    casts = Counter()
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                casts[weights.get(args[0].data_ptr())] += 1
+            return function(*args, **(kwargs or {}))
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        generate(model, PROMPTS, max_new_tokens=STEPS)
+    del casts[None]
+    assert set(casts.values()) == {1}
+    assert len(casts) == len(weights) - 1  # all but the position embedding
 
 
 def test_rows_stop_at_their_own_eos(model, greedy):

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sevloss import loss as module
 from sevloss.loss import linear_weighted_token_ce, severity_weights, weighted_token_ce
@@ -149,11 +151,12 @@ def test_gradcheck(chunks):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_sixteen_bits(dtype, tolerance, chunks):
     hidden, head, targets, weights = problem(100, 32, 300, dtype, scale=0.3)
-    actual = linear_weighted_token_ce(hidden, head, targets, weights)
-    expected = oracle(hidden, head, targets, weights)
+    bias = torch.randn(300).to(dtype).requires_grad_()
+    actual = linear_weighted_token_ce(hidden, head, targets, weights, bias=bias)
+    expected = oracle(hidden, head, targets, weights, bias)
     assert actual.dtype == torch.float32
     assert relative(actual, expected) < 1e-3
-    for a, b in zip(gradients(actual, hidden, head), gradients(expected, hidden, head)):
+    for a, b in zip(gradients(actual, hidden, head, bias), gradients(expected, hidden, head, bias)):
         assert a.dtype == dtype
         assert relative(a, b) < tolerance
 
@@ -296,6 +299,58 @@ def test_nothing_is_read_back_from_the_device(monkeypatch):
         assert hidden.grad.shape == hidden.shape and head.grad.shape == head.shape
         with pytest.raises(DynamicOutputShapeException):  # how many rows count
             linear_weighted_token_ce(hidden, head, targets, weights)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what would be launched on a GPU, and the most bytes that were alive at once."""
+
+    NONE = {"slice", "split", "permute", "unsqueeze", "detach", "alias", "empty_like", "new_empty",
+            "promote_types"}
+
+    def __init__(self):
+        super().__init__()
+        self.launches, self.peak, self.alive = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.launches += function.__name__.split(".")[0] not in self.NONE
+        if isinstance(result, torch.Tensor):
+            storage = result.untyped_storage()
+            self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_launches_and_memory_on_a_gpu(dtype):
+    """On the meta device, with the sizes of any device that is no CPU. A launch takes 5 us on a GPU."""
+    n, d, v = 8192, 896, 151_936
+    hidden = torch.empty(n, d, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    head = torch.empty(v, d, device="meta", dtype=dtype, requires_grad=True)
+    targets, weights = torch.empty(n, device="meta", dtype=torch.long), torch.empty(n, device="meta")
+    with Kernels() as kernels:
+        loss = module._LinearWeightedTokenCE.apply(hidden, head, None, targets, weights, 16, torch.bfloat16)
+    with Kernels() as backward:
+        loss.backward()
+    assert kernels.launches + backward.launches <= 260
+    given = hidden.nbytes + (head.nbytes if dtype == torch.bfloat16 else 0)  # views of it count as alive
+    gradients_made = hidden.nbytes + 4 * v * d
+    assert kernels.peak - given - gradients_made < 1.5 * 2 ** 30
+
+
+@pytest.mark.parametrize("ignore_index", [None, -100])
+def test_compiled(ignore_index):
+    """torch.compile of a function that calls it. Traced, not turned into machine code, which would take half
+    a minute and a compiler."""
+    def loss(hidden, head):
+        return 2 * linear_weighted_token_ce(hidden.tanh(), head, targets, weights, ignore_index=ignore_index)
+    hidden, head, targets, weights = problem(zeros=ignore_index is not None)
+    compiled = torch.compile(loss, backend="aot_eager")(hidden, head)
+    expected = loss(hidden, head)
+    torch.testing.assert_close(compiled, expected)
+    for a, b in zip(gradients(compiled, hidden, head), gradients(expected, hidden, head)):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("all_zero", ["ignored", "weight 0", "no rows"])

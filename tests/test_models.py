@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sevloss import InputError
 from sevloss.models import attention, load_model
 from sevloss.models.attention import KVCache, PackedSequences
-from sevloss.models.llama import rope_settings, rotary_angles
+from sevloss.models.llama import RMSNorm, rope_settings, rotary_angles
 
 CAUSAL = ["gpt2", "gpt2_scaled", "aragpt2", "bloom", "bloom_post", "llama", "qwen2", "qwen2_window", "qwen3",
           "lfm2"]
@@ -197,6 +197,25 @@ def test_rotary_angles_are_fp32(edited, golden, name, how):
     assert (rotated[1] - rotated[0]).norm() < 0.05 * rotated[0].norm()
 
 
+@pytest.mark.parametrize("name", ["qwen3", "lfm2"])
+@torch.no_grad()
+def test_q_and_k_get_the_dtype_of_v(golden, name, monkeypatch):
+    """On CUDA rms_norm is on autocast's fp32 list: flash would refuse q and k then, and the cache would hold
+    fp32."""
+    model = load_model(golden / name)
+    norm = RMSNorm.forward
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: norm(self, x.float()))
+    dtypes = set()
+    attend = PackedSequences.attention
+    monkeypatch.setattr(PackedSequences, "attention", lambda self, q, k, v, *rest, **options: (
+        dtypes.update((q.dtype, k.dtype, v.dtype)) or attend(self, q, k, v, *rest, **options)))
+    cache = KVCache([9], "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.arange(9), cache=cache)
+    assert dtypes == {torch.bfloat16}
+    assert {t.dtype for pair in cache.buffers.values() for t in pair} == {torch.bfloat16}
+
+
 # ------------------------------------------------------------------ packed sequences
 
 @pytest.mark.parametrize("name", ALL)
@@ -314,7 +333,7 @@ def test_attention_on_a_gpu(causal, slopes, window, dtype):
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 7, 2, 2, 1, 4]], ids=str)
-def test_convolution_against_torch(lengths):
+def test_convolution_of_the_history_against_torch(lengths):
     """Outputs and gradients, one text at a time through conv1d."""
     torch.manual_seed(0)
     x, weight = torch.randn(sum(lengths), 6), torch.randn(6, 3)
@@ -322,7 +341,8 @@ def test_convolution_against_torch(lengths):
     for whole in (True, False):
         xi, wi = x.clone().requires_grad_(), weight.clone().requires_grad_()
         if whole:
-            out = PackedSequences(lengths, "cpu", causal=True).convolve(xi, wi)
+            history = PackedSequences(lengths, "cpu", causal=True).history(xi, 3)  # (N, 3, D)
+            out = (history * wi.T).sum(1)
         else:
             texts = [F.conv1d(F.pad(text.T, (2, 0)), wi[:, None], groups=6).T for text in xi.split(lengths)]
             out = torch.cat(texts)

@@ -1,7 +1,6 @@
 """The report of train_classifier.py: report.html with its pictures."""
 
 from collections import defaultdict
-from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -14,14 +13,6 @@ from sevloss.terminal import histogram
 
 SCORE_NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL (nats)", "brier": "Brier score",
                "ece": "calibration error"}
-
-
-class Mistake(NamedTuple):
-    row: int
-    label: str
-    predicted: str
-    probability: str
-    complaint: str
 
 
 def score_rows(logits, labels):
@@ -78,15 +69,12 @@ def specialty_table(pairs, right):
 
 
 def confident_mistakes(pairs, probabilities, labels, most=10):
-    """[Mistake, ...], the most confident first. probabilities: (n, 3), labels: (n,)."""
+    """[(pair, label, predicted class, its probability), ...], the most confident first. probabilities: (n,
+    3), labels: (n,)."""
     confidence, predicted = probabilities.max(-1)
     wrong = (predicted != labels).nonzero().squeeze(1).tolist()
     wrong.sort(key=lambda i: -confidence[i])
-    mistakes = []
-    for i in wrong[:most]:
-        classes = CLASSES[labels[i]], CLASSES[predicted[i]]
-        mistakes.append(Mistake(pairs[i].row, *classes, f"{confidence[i]:.3f}", pairs[i].complaint[:300]))
-    return mistakes
+    return [(pairs[i], CLASSES[labels[i]], CLASSES[predicted[i]], confidence[i].item()) for i in wrong[:most]]
 
 
 def weightings_text(probabilities):
@@ -103,7 +91,7 @@ def weightings_text(probabilities):
 
 def draw_confusion(confusion):
     """Counts, and their share of the true class."""
-    figure = Figure(figsize=(4.6, 4), layout="constrained")
+    figure = Figure(figsize=(5.2, 4.2), layout="constrained")
     axes = figure.subplots()
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)

@@ -228,9 +228,10 @@ class Evaluation:
 
     def to_json(self):
         """What evaluation.json holds: all but what is said of each row, which is in .jsonl files."""
-        values = asdict(replace(self, answers=[], row_scores={})) | {"lower_is_better": scores.LOWER_IS_BETTER}
+        values = asdict(replace(self, answers=[], row_scores={}))
         del values["answers"], values["row_scores"]
         values["means"] = list(values["means"].values())
+        values["lower_is_better"] = scores.LOWER_IS_BETTER
         return without_nan(values)
 
 
@@ -384,11 +385,5 @@ def run_record(answers, probabilities):
 
 
 def without_nan(value):
-    """`value` with None for every nan and infinity, which JSON does not have, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_nan(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    """`value`, which json can write, with None for every nan and infinity: JSON itself has neither."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)

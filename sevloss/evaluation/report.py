@@ -4,7 +4,6 @@ import json
 import math
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -44,12 +43,12 @@ def write_evaluation(folder, evaluation):
     if len(told) > MOST_SENTENCES:
         told = []
     rest = [c for c in evaluation.comparisons if c not in told]
-    which_answers, articles = answers_to_show(evaluation)
+    by, differences = row_differences(evaluation)
     write_page(
         folder / "report.html", "evaluation/report.html",
-        introduction=introduction(evaluation),
+        protocol=evaluation.protocol,
+        settings=evaluation.settings,
         scores=score_table(evaluation, main + others, ["all"]),
-        several_seeds=any(len(setting.runs) > 1 for setting in evaluation.settings),
         by_class=[score_table(evaluation, names, classes) for names in (main, others) if names and classes],
         by_specialty=score_table(evaluation, main, specialties) if specialties else None,
         sentences=[c.sentence for c in told],
@@ -57,8 +56,13 @@ def write_evaluation(folder, evaluation):
         paper_table=Table(*evaluation.paper_table) if evaluation.paper_table else None,
         notes=evaluation.notes,
         pictures=pictures,
-        which_answers=which_answers,
-        articles=articles,
+        by=by,
+        differences=differences,
+        order=np.argsort(-abs(differences), kind="stable")[:MOST_ANSWERS].tolist(),  # nan last
+        answers={a.name: a.rows for a in evaluation.answers},
+        rows=evaluation.answers[0].rows,
+        score_lines=score_lines(evaluation),
+        classes=CLASSES,
     )
 
 
@@ -76,24 +80,6 @@ def write_rows(folder, evaluation):
             scores.append({"row": row.row, "run": run, "severity": severity, **without_nan(values)})
     write_lines(folder / "generations.jsonl", (json.dumps(line, ensure_ascii=False) for line in generations))
     write_lines(folder / "scores.jsonl", (json.dumps(line, ensure_ascii=False) for line in scores))
-
-
-def introduction(evaluation):
-    """What was evaluated and how, in a few sentences."""
-    protocol = dict(evaluation.protocol)
-    table, rows, most = protocol.pop("table"), protocol.pop("rows"), protocol.pop("max_new_tokens")
-    temperature, top_p, seed = protocol.pop("temperature"), protocol.pop("top_p"), protocol.pop("seed")
-    del protocol["fingerprint"]
-    how = "the likeliest token each time"
-    if temperature:
-        how = f"sampled at temperature {temperature:g}, top-p {top_p:g}, seed {seed}"
-    others = [f"{key.capitalize().replace('_', ' ')}: {value}." for key, value in protocol.items()]
-    settings = []
-    for setting in evaluation.settings:
-        runs = "" if setting.runs == [setting.name] else f" ({', '.join(setting.runs)})"
-        settings.append(setting.name + runs)
-    return " ".join([f"{rows:,} test rows of {table}. Answers have at most {most} tokens, {how}.", *others,
-                     f"Evaluated: {'; '.join(settings)}."])
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -154,69 +140,31 @@ def decimals(values):
 
 # --- answers ------------------------------------------------------------------------------------------------
 
-class Text(NamedTuple):
-    heading: str
-    text: str
-    scores: str
-
-
-class Article(NamedTuple):
-    """A row with all answers."""
-    severity: str
-    about: str
-    texts: list
-
-
-def answers_to_show(evaluation):
-    """(a sentence on which they are, [Article, ...]): the rows in which two settings differ most come
-    first."""
-    rows = evaluation.answers[0].rows
+def row_differences(evaluation):
+    """(score, (n,) differences of each row between the first two settings, the means over their runs); (None,
+    nan) where there is one setting."""
     columns = evaluation.row_scores  # run -> score -> (n,)
-    scores = list(columns[evaluation.answers[0].name])
-    values = {score: np.concatenate([of_run[score] for of_run in columns.values()]) for score in scores}
-    digits = {score: decimals(values[score]) for score in scores}
-    flags = [score for score in scores if set(values[score]) <= {0, 1}]
+    if len(evaluation.settings) == 1:
+        return None, np.full(len(evaluation.answers[0].rows), np.nan)
+    score = next(score for score in ("BERTScore F1", "chrF") if score in evaluation.score_names)
+    a, b = (np.mean([columns[run][score] for run in s.runs], axis=0) for s in evaluation.settings[:2])
+    return score, b - a
 
-    # The order
-    sentence = ""
-    differences = np.full(len(rows), np.nan)
-    if len(evaluation.settings) > 1:
-        by = next(score for score in ("BERTScore F1", "chrF", "NLL") if score in scores)
-        a, b = evaluation.settings[:2]
-        mean_a, mean_b = (np.mean([columns[run][by] for run in setting.runs], axis=0) for setting in (a, b))
-        differences = mean_b - mean_a
-        sentence = f" The largest differences in {by} between {a.name} and {b.name} come first."
-    order = np.argsort(-abs(differences), kind="stable")[:MOST_ANSWERS]  # nan last
 
-    # What is shown of each row
-
-    articles = []
-    for i in order:
-        row = rows[i]
-        texts = [Text("complaint", row.complaint, ""), Text("reference", row.reference, "")]
-        for setting in evaluation.settings:
-            for run in setting.runs:
-                answer = next(a for a in evaluation.answers if a.name == run).rows[i].answer
-                shown = []
-                for score in scores:
-                    value = columns[run][score][i]
-                    if score not in flags:
-                        shown.append(f"{score} {value:,.{digits[score]}f}")
-                    elif value:
-                        shown.append(score)
-                heading = run if run == setting.name else f"{setting.name}: {run}"
-                texts.append(Text(heading, answer, " · ".join(shown)))
-        about = [f"row {row.row}"]
-        if row.specialty:
-            about.append(row.specialty)
-        if row.probabilities:
-            about.append(f"p(critical) {row.probabilities[2]:.2f}")
-        if math.isfinite(differences[i]):
-            about.append(f"difference in {by} {differences[i]:+.{digits[by]}f}")
-        severity = "severity unknown" if row.severity is None else CLASSES[row.severity]
-        articles.append(Article(severity, " · ".join(about), texts))
-    count = f"Of {len(rows):,} rows {len(articles)} are shown; generations.jsonl and scores.jsonl hold all."
-    return count + sentence, articles
+def score_lines(evaluation):
+    """{run: n lines}: the scores of each answer; of a score that is 0 or 1 its name where it is 1."""
+    columns = evaluation.row_scores
+    lines = {run: [[] for _ in evaluation.answers[0].rows] for run in columns}
+    for score in next(iter(columns.values())):
+        values = np.concatenate([of_run[score] for of_run in columns.values()])
+        digits = decimals(values)
+        for run, of_run in columns.items():
+            for line, value in zip(lines[run], of_run[score]):
+                if not set(values) <= {0, 1}:
+                    line.append(f"{score} {value:,.{digits}f}")
+                elif value:
+                    line.append(score)
+    return {run: [" · ".join(line) for line in of_run] for run, of_run in lines.items()}
 
 
 # --- pictures -----------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ the dialects of the sample."""
 import re
 import unicodedata
 
-# The patterns are written in the spelling of _folded: ا for أ إ آ, ي for ى ئ, و for ؤ, ه for ة, no ء, and " .
-# " for punctuation. Up to three words may lie between a place and its haste.
+# The patterns are written in the spelling of _folded: ا for أ إ آ, ي for ى ئ, و for ؤ, ه for ة, no ء, and a
+# full stop between spaces for punctuation. Up to three words may lie between a place and its haste.
 _PREFIX = "[وف]?(?:ال|لل|[بكعف]ال|[لبعف])?"
 _HOSPITAL = "(?:مستشفي|مشفي|سبيطار)"
 _DOCTOR = "(?:طبيب|دكتور|حكيم)[كه]?"

@@ -1,9 +1,9 @@
 """Packed sequences, the KV cache, and attention over both.
 
 A batch is one tensor of N tokens: whole sequences one after the other, nothing between them, no padding. What
-works on single tokens (embeddings, norms, MLPs, head, loss) does not notice. Attention does, and LFM2's short
-convolution; both are methods of a sequences object: `PackedSequences` for training and encoding, `KVCache`
-for decoding. A model's code is the same for both.
+works on single tokens (embeddings, norms, MLPs, head, loss) does not notice. What looks at other tokens is a
+method of a sequences object: `attention`, and `history` for LFM2's short convolution. `PackedSequences` is
+for training and encoding, `KVCache` for decoding; a model's code is the same for both.
 
 Two things change what attention sees. `slopes` (H,), ALiBi: a key `distance` tokens back gets -slope *
 distance added to its score (Press et al. 2022). `window`: a token sees the `window` tokens that end with
@@ -58,15 +58,14 @@ class PackedSequences:
             return self._flash_attention(q, k, v, scale, window)
         return self._padded_attention(q, k, v, scale, slopes, window)
 
-    def convolve(self, x, weight, layer=None):
-        """Causal depth-wise convolution: x (N, D), weight (D, K) -> (N, D); weight[:, -1] meets the token
-        itself."""
-        out = x * weight[:, -1]
-        for distance in range(1, weight.shape[1]):
+    def history(self, x, width, layer=None):
+        """x (N, D) -> (N, width, D): of the `width` tokens that end with each token; 0 before its
+        sequence."""
+        shifted = []
+        for distance in reversed(range(width)):
             earlier = F.pad(x, (0, 0, distance, 0))[:len(x)]  # row n is token n - distance
-            same_sequence = (self.positions >= distance)[:, None]
-            out = out + earlier * same_sequence * weight[:, -1 - distance]
-        return out
+            shifted.append(earlier * (self.positions >= distance)[:, None])
+        return torch.stack(shifted, dim=1)
 
     # ------------------------------------------------------------------ the three routes of attention
 
@@ -143,13 +142,11 @@ class PackedSequences:
 
 class KVCache:
     """Decoding: the model's first call reads the prompts, packed; every later one a new token of each
-    sequence.
+    sequence. Between two calls: `advance`, and `select` where sequences have ended.
 
-    Between two calls: `advance`, and `select` where sequences have ended. Keys and values lie in one buffer a
-    layer, (B, K, room, d), each sequence from position 0 on; it grows by ROOM tokens. Of what a convolution
-    has read, (B, width - 1, D) is kept a layer.
-
-    positions (N,), sequence_ids (N,): of the tokens of the next call; lengths, max_seqlen: with them.
+    A layer's keys and values (or a convolution's inputs) lie in buffers (B, K, room, d), each sequence from
+    position 0 on; they grow by ROOM tokens. positions (N,), sequence_ids (N,): of the next call's tokens;
+    lengths, max_seqlen: with them.
     """
 
     ROOM = 64
@@ -157,86 +154,75 @@ class KVCache:
     def __init__(self, prompt_lengths, device):
         self.prompts = PackedSequences(prompt_lengths, device, causal=True)  # None after the first call
         self.lengths = self.prompts.lengths
+        self.max_seqlen = self.prompts.max_seqlen
         self.positions = self.prompts.positions
         self.sequence_ids = self.prompts.sequence_ids
-        self.max_seqlen = self.prompts.max_seqlen
         self.room = self.max_seqlen + self.ROOM
-        self.buffers = {}  # layer -> keys, values
-        self.conv_inputs = {}  # layer -> inputs
-        self._masks = {}
+        self.buffers = {}  # layer -> list of tensors
 
     def advance(self):
         """After each call of the model: the next one holds one token of each sequence."""
-        if self.prompts is not None:
+        if self.prompts is None:
+            self.positions = self.positions + 1
+        else:
             self.positions = self.prompts.seqlens
             self.sequence_ids = torch.arange(len(self.lengths), device=self.positions.device)
             self.prompts = None
-        else:
-            self.positions = self.positions + 1
         self.lengths = [length + 1 for length in self.lengths]
         self.max_seqlen += 1
         self._masks = {}
         if self.max_seqlen > self.room:
             self.room += self.ROOM
-            for layer, (keys, values) in self.buffers.items():
-                self.buffers[layer] = F.pad(keys, (0, 0, 0, self.ROOM)), F.pad(values, (0, 0, 0, self.ROOM))
+            for layer, buffers in self.buffers.items():
+                self.buffers[layer] = [F.pad(buffer, (0, 0, 0, self.ROOM)) for buffer in buffers]
 
     def select(self, rows):
         """After `advance`: only the sequences `rows`, a list, go on, in this order. A row that stays in its
         place is not copied: where one ends, let the last one take its place."""
-        count = len(rows)
         moves = [(row, place) for place, row in enumerate(rows) if row != place]
         moves = to_device(torch.tensor(moves, dtype=torch.int64).reshape(-1, 2), self.positions.device)
         sources, places = moves.unbind(1)
 
         def selected(t):
-            return t.index_copy_(0, places, t.index_select(0, sources))[:count]
+            return t.index_copy_(0, places, t.index_select(0, sources))[:len(rows)]
 
+        for layer, buffers in self.buffers.items():
+            self.buffers[layer] = [selected(buffer) for buffer in buffers]
         self.positions = selected(self.positions)
-        self.sequence_ids = self.sequence_ids[:count]
-        for layer, (keys, values) in self.buffers.items():
-            self.buffers[layer] = selected(keys), selected(values)
-        for layer, inputs in self.conv_inputs.items():
-            self.conv_inputs[layer] = selected(inputs)
+        self.sequence_ids = self.sequence_ids[:len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
         self.max_seqlen = max(self.lengths)
-        self._masks = {}
 
     def attention(self, q, k, v, layer, *, scale=None, slopes=None, window=None):
         """As `PackedSequences.attention`; keys and values of the tokens before come from the cache."""
-        # store
-        if layer not in self.buffers:
-            shape = len(self.lengths), k.shape[1], self.room, k.shape[2]
-            self.buffers[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        keys, values = self.buffers[layer]  # (B, K, room, d)
-        keys[self.sequence_ids, :, self.positions] = k
-        values[self.sequence_ids, :, self.positions] = v
+        keys, values = self._store(layer, k, v)  # (B, K, room, d)
         if self.prompts is not None:
             return self.prompts.attention(q, k, v, scale=scale, slopes=slopes, window=window)
-
-        # attend: all of the buffer is read, what is not written yet under the mask, as a slice would be
-        # copied before each product; by plain products, as SDPA with one query a row takes 2 to 3 times as
-        # long on a CPU
+        # All of the buffers is read, what is not written yet under the mask: a slice would be copied before
+        # each product. By plain products, as SDPA with one query a row takes 2 to 3 times as long on a CPU.
         if window not in self._masks:
             distance = self.positions[:, None] - torch.arange(self.room, device=q.device)  # (B, room)
             self._masks[window] = added_mask(distance[:, None, None], slopes, window)
         out = manual_attention(q[:, :, None], keys, values, self._masks[window], scale)  # (B, H, 1, d)
         return out.squeeze(2)
 
-    def convolve(self, x, weight, layer):
-        """As `PackedSequences.convolve`; the tokens before come from the cache."""
-        before = weight.shape[1] - 1
+    def history(self, x, width, layer):
+        """As `PackedSequences.history`; what came before is in the cache."""
+        inputs, = self._store(layer, x[:, None])  # (B, 1, room, D)
         if self.prompts is not None:
-            # keep the last K - 1 inputs of each prompt; in `padded` they begin where in x the prompt ends
-            padded = F.pad(x, (0, 0, before, 0))
-            offsets = torch.arange(before, device=x.device)
-            last = padded[self.prompts.cu_seqlens[1:, None] + offsets]  # (B, K - 1, D)
-            own = offsets >= before - self.prompts.seqlens[:, None]  # not those of the prompt before
-            self.conv_inputs[layer] = last * own[..., None]
-            return self.prompts.convolve(x, weight)
-        inputs = torch.cat([self.conv_inputs[layer], x[:, None]], dim=1)  # (B, K, D)
-        self.conv_inputs[layer] = inputs[:, 1:]
-        return (inputs * weight.T).sum(1)
+            return self.prompts.history(x, width)
+        at = self.positions[:, None] + torch.arange(1 - width, 1, device=x.device)  # (B, width)
+        history = inputs[self.sequence_ids[:, None], 0, at.clamp(min=0)]  # (B, width, D)
+        return history * (at >= 0)[..., None]
+
+    def _store(self, layer, *tensors):
+        """tensors (N, K, d), of the tokens of this call -> the layer's buffers, which hold them now."""
+        if layer not in self.buffers:
+            shapes = [(len(self.lengths), t.shape[1], self.room, t.shape[2]) for t in tensors]
+            self.buffers[layer] = [t.new_zeros(shape) for t, shape in zip(tensors, shapes)]
+        for buffer, t in zip(self.buffers[layer], tensors):
+            buffer[self.sequence_ids, :, self.positions] = t
+        return self.buffers[layer]
 
 
 def flash_takes(q):
@@ -253,17 +239,16 @@ def manual_attention(q, k, v, mask, scale):
     q (B, H, Q, d), k and v (B, K, T, d), where K divides H, mask broadcast to (B, H, Q, T) or None -> (B, H,
     Q, d).
     """
-    batch, heads, queries, head_dim = q.shape
-    key_heads, keys = k.shape[1:3]
-    scale = head_dim ** -0.5 if scale is None else scale
-    q = q.reshape(batch, key_heads, -1, head_dim)  # query heads that share a key head, one after the other
-    scores = q @ k.transpose(-1, -2) * scale  # (B, K, H / K * Q, T)
-    scores = scores.view(batch, heads, queries, keys)
+    shape = q.shape
+    if scale is None:
+        scale = shape[-1] ** -0.5
+    q = q.reshape(shape[0], k.shape[1], -1, shape[-1])  # query heads that share a key head, in a row
+    scores = (q @ k.transpose(-1, -2) * scale).view(*shape[:3], -1)  # (B, H, Q, T)
     if mask is not None:
         scores = scores + mask
     probabilities = scores.softmax(-1).to(v.dtype)  # inside, softmax is in fp32 whatever the dtype
-    out = probabilities.view(batch, key_heads, -1, keys) @ v  # (B, K, H / K * Q, d)
-    return out.view(batch, heads, queries, head_dim)
+    out = probabilities.view(*q.shape[:3], -1) @ v  # (B, K, H / K * Q, d)
+    return out.view(shape)
 
 
 def added_mask(distance, slopes, window):

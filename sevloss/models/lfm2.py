@@ -74,8 +74,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(1, (-1, self.head_dim))  # (N, H, d)
         k = self.k_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
         v = self.v_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
-        q = rotate(self.q_layernorm(q), *angles)
-        k = rotate(self.k_layernorm(k), *angles)
+        q = rotate(self.q_layernorm(q), *angles).to(v.dtype)  # not q's, see llama.py
+        k = rotate(self.k_layernorm(k), *angles).to(v.dtype)
         out = sequences.attention(q, k, v, self.layer)  # (N, H, d)
         return self.out_proj(out.flatten(1))  # (N, D)
 
@@ -93,8 +93,9 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x, sequences, angles):
         b, c, x = self.in_proj(x).chunk(3, dim=-1)  # each (N, D)
-        weight = self.conv.weight[:, 0].to(x.dtype)  # (D, K): one filter a channel
-        mixed = sequences.convolve(b * x, weight, self.layer)  # (N, D)
+        weight = self.conv.weight[:, 0].to(x.dtype)  # (D, width): one filter a channel
+        history = sequences.history(b * x, weight.shape[1], self.layer)  # (N, width, D)
+        mixed = (history * weight.T).sum(1)  # (N, D)
         if self.conv.bias is not None:
             mixed = mixed + self.conv.bias.to(x.dtype)
         return self.out_proj(c * mixed)

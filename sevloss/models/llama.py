@@ -99,9 +99,10 @@ def rotary_angles(rope, positions, head_dim):
 
 
 def rotate(x, cos, sin):
-    """x (N, H, d): the first half of d is turned with the second (halves, not neighbouring pairs)."""
+    """x (N, H, d) -> in fp32; the first half of d is turned with the second (halves, not neighbouring
+    pairs)."""
     a, b = x.float().chunk(2, dim=-1)  # each (N, H, d / 2)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class Attention(nn.Module):
@@ -132,8 +133,8 @@ class Attention(nn.Module):
         if self.has_norms:
             q = self.q_norm(q)
             k = self.k_norm(k)
-        q = rotate(q, *angles)
-        k = rotate(k, *angles)
+        q = rotate(q, *angles).to(v.dtype)  # not q's: on CUDA autocast makes the norms' outputs fp32
+        k = rotate(k, *angles).to(v.dtype)
         out = sequences.attention(q, k, v, self.layer, window=self.window)  # (N, H, d)
         return self.o_proj(out.flatten(1))  # (N, D)
 

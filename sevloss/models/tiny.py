@@ -1,4 +1,4 @@
-"""`--ckpt tiny`: a small model with random weights and a vocabulary trained on the data, for trials without a
+"""`--ckpt tiny`: a small model with random weights and a vocabulary trained on the data; needs no
 download."""
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -25,15 +25,22 @@ def tiny_gpt2(texts, vocab_size=2000):
 
 
 def tiny_bert(texts, num_labels, vocab_size=2000):
-    """(BERT of 2 blocks, 128 wide, no dropout, with a classification head; WordPiece tokenizer trained on
-    `texts`)."""
+    """(BERT of 2 blocks, 128 wide, no dropout, with a head; WordPiece tokenizer trained on `texts`)."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # The trainer numbers letters inside words by chance, and breaks ties by number: given here, it is one
+    # vocabulary.
+    letters = sorted({letter for text in texts for letter in tokenizer.normalizer.normalize_str(text)})
+    given = BERT_SPECIAL + [f"##{letter}" for letter in letters if not letter.isspace()]
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=given, min_frequency=2, show_progress=False))
+    vocabulary = tokenizer.get_vocab()
+    rules = tokenizer.normalizer, tokenizer.pre_tokenizer
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # those letters are not special
+    tokenizer.normalizer, tokenizer.pre_tokenizer = rules
+    tokenizer.add_special_tokens(BERT_SPECIAL)
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=BERT_SPECIAL, min_frequency=2,
-                                        show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")])
