@@ -18,11 +18,12 @@ import re
 import threading
 import traceback
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.attention.varlen  # registers the operation
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,6 +39,7 @@ from sevloss.optimizer import adamw
 from tests.test_cuda import CAUSAL, ENCODERS
 
 ROOT = Path(__file__).parents[2]
+FLASH = torch.ops.torch_attn._varlen_attn.default._schema
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias",
                "lift_fresh", "_unsafe_view", "record_stream")
 
@@ -65,7 +67,8 @@ def tolist(tensor):
 
 def scaled_dot_product_attention(q, k, v, attn_mask=None, **options):
     OBSERVER[0].attention.append(dict(
-        kernel="sdpa", dtypes=[str(t.dtype)[6:] for t in (q, k, v)], on_device=all(t.is_cuda for t in (q, k, v)),
+        kernel="sdpa", dtypes=[str(t.dtype)[6:] for t in (q, k, v)],
+        on_device=all(t.is_cuda for t in (q, k, v)),
         mask_dims=None if attn_mask is None else attn_mask.ndim,
         mask_dtype=None if attn_mask is None else str(attn_mask.dtype)[6:],
         mask_on_device=attn_mask is None or attn_mask.is_cuda))
@@ -85,6 +88,9 @@ def on_cuda(value):
     return isinstance(value, torch.Tensor) and value.device.type == "cuda"
 
 
+OBSERVING = ("tolist", "__torch_dispatch__", "_note_wait")
+
+
 @cache
 def is_composite(func):
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
@@ -95,7 +101,7 @@ def calling_line():
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and frame.f_code.co_name not in ("tolist", "__torch_dispatch__"):
+        if path.is_relative_to(ROOT) and frame.f_code.co_name not in OBSERVING:
             return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "backward pass"
@@ -103,8 +109,8 @@ def calling_line():
 
 class Observer(TorchDispatchMode):
     """waits: what makes the host wait for the device. attention: the arguments of each attention kernel.
-    casts: how often each parameter was cast, in the forward pass and in the device thread of the backward
-    pass. launches: kernels; an operation counts as one, what only makes a view or memory as none."""
+    casts: how often each matrix was cast, in the forward pass and in the device thread of the backward pass.
+    launches: kernels; an operation counts as one, what only makes a view or memory as none."""
 
     def __init__(self):
         super().__init__()
@@ -112,11 +118,15 @@ class Observer(TorchDispatchMode):
         self.attention = []
         self.casts = Counter()
         self.launches = Counter()
-        self.parameters = {}  # storage -> name
+        self.matrices = {}  # storage -> name
+        self.head = None
         self.tokens = iter(())  # what decoding reads back, one list a step
 
     def watch(self, model):
-        self.parameters = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
+        matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+        self.matrices = {p.untyped_storage()._cdata: name for name, p in matrices.items()}
+        if hasattr(model, "head_weight"):
+            self.head = next(name for name, p in matrices.items() if p is model.head_weight)
         self.waits.clear()
         self.casts.clear()
 
@@ -155,8 +165,8 @@ class Observer(TorchDispatchMode):
         what = None
         if name in ("_to_copy", "copy_", "copy"):
             what = self._waiting_copy(name, args, kwargs)
-        elif name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal") and on_cuda(args[0]):
-            what = name
+        elif name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"):
+            what = name if on_cuda(args[0]) else None
         elif name in ("index", "index_put", "index_put_", "_index_put_impl_") and on_cuda(args[0]):
             indices = [index for index in args[1] if index is not None]
             if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
@@ -185,25 +195,22 @@ class Observer(TorchDispatchMode):
     def _note_cast(self, name, args, kwargs):
         if name != "_to_copy" or kwargs.get("dtype") in (None, args[0].dtype):
             return
-        parameter = self.parameters.get(args[0].untyped_storage()._cdata)
-        if parameter:
+        matrix = self.matrices.get(args[0].untyped_storage()._cdata)
+        if matrix:
             backward = threading.current_thread() is not threading.main_thread()
-            self.casts[f"{parameter}, backward" if backward else parameter] += 1
+            self.casts[f"{matrix}, backward" if backward else matrix] += 1
 
     def _note_flash(self, args, kwargs):
         q, k, v, cu_seqlens_q, cu_seqlens_k = args[:5]
         arguments = {argument.name: value for argument, value in zip(FLASH.arguments, args)} | kwargs
         self.attention.append(dict(
-            kernel="flash", dtypes=[str(t.dtype)[6:] for t in (q, k, v)], on_device=all(map(on_cuda, args[:5])),
-            head_dim=q.shape[-1], last_stride=[t.stride(-1) for t in (q, k, v)],
+            kernel="flash", dtypes=[str(t.dtype)[6:] for t in (q, k, v)],
+            on_device=all(map(on_cuda, args[:5])), head_dim=q.shape[-1],
+            last_stride=[t.stride(-1) for t in (q, k, v)],
             cu_seqlens=[str(t.dtype)[6:] for t in (cu_seqlens_q, cu_seqlens_k)],
             cu_seqlens_contiguous=cu_seqlens_q.is_contiguous() and cu_seqlens_k.is_contiguous(),
             window=list(arguments["window_size"] or (-1, -1))))
 
-
-import torch.nn.attention.varlen  # it registers the operation
-
-FLASH = torch.ops.torch_attn._varlen_attn.default._schema
 
 
 # ------------------------------------------------------------------ scenarios
@@ -224,16 +231,15 @@ def wrong_gradients(model):
     return wrong
 
 
-def training_step(model, compute, observer):
-    """A step of finetune.py's loop, with two micro-batches; casts are those of the second."""
+def training_step(model, compute, observer, micro_tokens=1000):
+    """A step of finetune.py's loop; casts are those of its last micro-batch."""
     rows = examples()
     optimizer = adamw(model, 1e-3, 0.01)
     scaler = compute.grad_scaler()
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.train()
-    parts = data.micro_batches(rows.input_lengths, range(len(rows)), 60)
+    parts = data.micro_batches(rows.input_lengths, range(len(rows)), micro_tokens)
     micro_batches = [data.make_batch(rows, part, compute.device, np.ones(len(rows))) for part in parts]
-    assert len(micro_batches) == 2
 
     step_loss = torch.zeros((), device=compute.device)
     for batch in micro_batches:
@@ -252,7 +258,7 @@ def training_step(model, compute, observer):
     after = len(observer.waits)
     scaler.step(optimizer)
     scaler.update()
-    seen = dict(waits_before_step=before, waits_for_metrics=after - before, loss_dtype=str(loss.dtype)[6:],
+    seen = dict(micro_batches=len(parts), waits_before_step=before, waits_for_metrics=after - before,
                 wrong_gradients=wrong_gradients(model))
     optimizer.zero_grad(set_to_none=True)
     return seen
@@ -276,7 +282,8 @@ def classifier_step(model, compute, observer):
     after = len(observer.waits)
     scaler.step(optimizer)
     scaler.update()
-    return dict(waits_before_step=before, waits_for_metrics=after - before, wrong_gradients=wrong_gradients(model))
+    return dict(waits_before_step=before, waits_for_metrics=after - before,
+                wrong_gradients=wrong_gradients(model))
 
 
 def classification(model, compute, observer):
@@ -298,7 +305,8 @@ def decoding(temperature):
         observer.tokens = iter(steps)
         prompts = [[1, 2, 3], [1, 2, 3, 4], [5, 6], [7, 8, 9], [1]]
         with compute.autocast():
-            answers = generate(model, prompts, max_new_tokens=4, eos_ids=(0,), temperature=temperature, top_p=0.9)
+            answers = generate(model, prompts, max_new_tokens=4, eos_ids=(0,), temperature=temperature,
+                               top_p=0.9)
         return dict(steps=len(steps), answer_lengths=[len(answer) for answer in answers])
     return run
 
@@ -313,7 +321,8 @@ def bertscore(model, compute, observer):
 
 def model_on_device(config, dtype):
     model = build(FAMILIES[config["model_type"]], config)
-    tensors = {name: torch.empty(t.shape, dtype=dtype, device="cuda") for name, t in model.state_dict().items()}
+    tensors = model.state_dict()
+    tensors = {name: torch.empty(t.shape, dtype=dtype, device="cuda") for name, t in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return model
 
@@ -335,8 +344,8 @@ def run(job, function, name, dtype, sm, option=""):
             observer.watch(model)
             seen |= function(model, compute, observer)
         except Exception as error:
-            lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
-                     if str(ROOT) in frame.filename]
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if str(ROOT) in f.filename]
             message = re.sub(r"\s+", " ", str(error))[:300]
             seen["error"] = f"{type(error).__name__}: {message} at {' '.join(lines)}"
     report(job=job, model=name, dtype=dtype, sm=sm, option=option, seen=seen, observer=observer)
@@ -344,8 +353,9 @@ def run(job, function, name, dtype, sm, option=""):
 
 def report(*, seen, observer, **scenario):
     calls = {json.dumps(call): call for call in observer.attention}  # each kind once
-    print(json.dumps(dict(**scenario, **seen, attention=list(calls.values()), waits=observer.waits,
-                          casts=observer.casts, launches=observer.launches.total())), flush=True)
+    seen |= dict(attention=list(calls.values()), waits=observer.waits, casts=observer.casts,
+                 head=observer.head, launches=observer.launches.total())
+    print(json.dumps(scenario | seen), flush=True)
 
 
 def loss_on_a_large_vocabulary(rows, width, vocabulary, dtype):
@@ -358,13 +368,14 @@ def loss_on_a_large_vocabulary(rows, width, vocabulary, dtype):
         weights = torch.empty(rows, device="cuda")
         observer.launches.clear()
         with torch.autocast("cuda", dtype=dtype):
-            loss = linear_weighted_token_ce(hidden, head, targets, weights, denominator=rows, ignore_index=None)
+            loss = linear_weighted_token_ce(hidden, head, targets, weights, denominator=rows,
+                                            ignore_index=None)
         loss.backward()
     report(job="loss", seen=dict(operations=observer.launches), observer=observer)
 
 
 def known_waits():
-    """What is known to make the host wait, and what is not: the observer has to see the one and not the other."""
+    """What makes the host wait, and what does not: the observer has to see the one and not the other."""
     numbers = torch.arange(4)
     waiting = {
         "item": lambda t: t[0].item(),
@@ -402,8 +413,11 @@ def known_waits():
 def main():
     known_waits()
     loss_on_a_large_vocabulary(8192, 896, 151_936, torch.bfloat16)
+    accumulated = partial(training_step, micro_tokens=60)
+    run("training", accumulated, "gpt2", "bf16", 90, option="accumulation")
+    run("training", accumulated, "qwen3", "fp16", 75, option="accumulation")
     for name in CAUSAL:
-        for sm, dtype in ((75, "fp32"), (75, "fp16"), (90, "fp32"), (90, "bf16"), (90, "fp16")):
+        for sm, dtype in ((75, "fp16"), (90, "fp32"), (90, "bf16"), (90, "fp16")):
             run("training", training_step, name, dtype, sm)
         run("training", training_step, name, "bf16", 90, option="lora")
         run("training", training_step, name, "bf16", 90, option="checkpointing")
