@@ -2,9 +2,9 @@
 
     python benchmarks/annotate.py [--data TABLE] [--rows 256] [--batch 32] [--dtype bf16|fp32] [--repeat 3]
 
-BERT's base shape with random weights and 64,000 pieces, a 3-class head, the same weights and ids on both sides.
-The peer pads each batch to its longest row, in the table's order. Tokenisation is not timed. Both sides take
-turns in one process; their logits must agree to 0.02 (fp32: 1e-4).
+BERT's base shape with random weights and 64,000 pieces, a 3-class head, the same weights and ids on both
+sides. The peer pads each batch to its longest row, in the table's order. Tokenisation is not timed. Both
+sides take turns in one process; their logits must agree to 0.02 (fp32: 1e-4).
 """
 
 import argparse
@@ -36,7 +36,8 @@ def padded_logits(model, id_lists, compute, batch_size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=tables.SAMPLE)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)

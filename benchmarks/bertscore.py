@@ -2,10 +2,11 @@
 
     python benchmarks/bertscore.py [--ckpt CHECKPOINT] [--layer 9] [--data TABLE] [--rows 64] [--repeat 3]
 
-Without --ckpt: a BERT with random weights in the shape of bert-base-multilingual-cased and a tokenizer trained on
-the texts. Responses of the table are scored against other responses of it. All sides read the same folder, hold
-their model loaded, and take turns in one process, on the CPU. Ratios are the package's time over ours, round by
-round; differences are those of F between ours and the package's, which is fp32. Ours in fp32 must agree to 1e-6.
+Without --ckpt: a BERT with random weights in the shape of bert-base-multilingual-cased and a tokenizer
+trained on the texts. Responses of the table are scored against other responses of it. All sides read the
+same folder, hold their model loaded, and take turns in one process, on the CPU. Ratios are the package's
+time over ours, round by round; differences are those of F between ours and the package's, which is fp32.
+Ours in fp32 must agree to 1e-6.
 """
 
 import argparse
@@ -54,7 +55,8 @@ def choose_texts(table, rows):
 
 @report_errors
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="an encoder; default: random weights")
     parser.add_argument("--layer", type=int, default=9)
     parser.add_argument("--data", default=tables.SAMPLE)
@@ -85,8 +87,9 @@ def main():
             sys.exit(f"fp32 differs by {most:.1e}")
         print(f"{dtype}: F differs by {most:.1e} at most, {difference.abs().mean():.1e} on average, "
               f"the mean F by {difference.mean():+.1e}")
+        speed = ratio(seconds["package"], seconds[dtype])
         print_row(f"BERTScore, mBERT shape, {dtype}", "`bert-score`, fp32",
-                  f"{ratio(seconds['package'], seconds[dtype])} times as fast; F differs by {most:.0e} at most")
+                  f"{speed} times as fast; F differs by at most {most:.0e}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Does the weighting help, and for whom? The same data, model and seeds with w = 1, mild, balanced, strong, and a control.
+"""Does the weighting help, and for whom? The same data, model and seeds with w = 1, mild, balanced, strong,
+and a control.
 
-    python benchmarks/experiment.py --data maqa_severity.jsonl --ckpt aragpt2-base --out runs/experiment [--seeds 5] [--finetune ARGUMENTS]
+    python benchmarks/experiment.py --data maqa_severity.jsonl --ckpt aragpt2-base --out runs/experiment
+                                    [--seeds 5] [--finetune ARGUMENTS] [--evaluate ARGUMENTS]
 
-The control is `balanced` with the probabilities shuffled among the training rows (one permutation for all seeds): the same weights, on the
-wrong complaints. If it does as well as `balanced`, it is not the severity that helps. Runs differ in nothing but weights and seed; each is
-a call of finetune.py and of evaluate.py, and what is done is not done again, so the experiment can be stopped and called again. At the end:
-table.md and a report in OUT/report, with every setting compared with every other, over all rows and by severity.
+The control is `balanced` with the probabilities shuffled among the training rows (one permutation for all
+seeds): the same weights, on the wrong complaints. If it does as well as `balanced`, it is not the severity
+that helps. Runs differ in nothing but weights and seed; each is a call of finetune.py and of evaluate.py,
+and what is done is not done again, so the experiment can be stopped and called again. At the end: table.md
+and a report in OUT/report, with every setting compared with every other, over all rows and by severity.
 """
 
 import argparse
@@ -16,85 +19,108 @@ import sys
 from pathlib import Path
 
 import torch
+from turns import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from sevloss import InputError, checkpoint, data, report_errors  # noqa: E402
-from sevloss.classifier.annotate import write_rows  # noqa: E402
-from sevloss.evaluation.findings import findings  # noqa: E402
-from sevloss.inputs import hub, tables  # noqa: E402
+from sevloss import InputError, checkpoint, data, report_errors
+from sevloss.classifier.annotate import write_rows
+from sevloss.inputs import hub, tables
 
-SETTINGS = {"none": "none", "mild": "mild", "balanced": "balanced", "strong": "strong", "shuffled": "balanced"}  # name -> weighting
+SETTINGS = {  # name -> weighting
+    "none": "none", "mild": "mild", "balanced": "balanced", "strong": "strong", "shuffled": "balanced"}
 SCORES = ("NLL", "BERTScore F1", "chrF", "ROUGE-L", "urgent")
 
 
-def write_shuffled(table, to):
-    """The table with the probabilities of its training rows shuffled among them; the other rows stay as they are."""
-    pairs = tables.read_pairs(table, needed=("complaint", "response", "critical"))
-    train = data.split_pairs(pairs)["train"]
-    probabilities = [pair.probabilities for pair in train]
-    random.Random(0).shuffle(probabilities)
-    for pair, p in zip(train, probabilities):
-        pair.probabilities = p
-    with open(to, "w", encoding="utf-8") as file:
-        write_rows(file, ".jsonl", pairs, torch.tensor([pair.probabilities for pair in pairs], dtype=torch.float64), header=False)
+def write_shuffled(table, path):
+    """The table with the probabilities of its training rows shuffled among them; other rows keep theirs."""
+    pairs = tables.read_pairs(table, needed=("complaint", "response"), probabilities="required")
+    train = [i for i, pair in enumerate(pairs) if data.split_of(pair.complaint) == "train"]
+    shuffled = list(train)
+    random.Random(0).shuffle(shuffled)
+    probabilities = torch.tensor([pair.probabilities for pair in pairs], dtype=torch.float64)  # (n, 3)
+    probabilities[train] = probabilities[shuffled]
+    with open(path, "w", encoding="utf-8") as file:
+        write_rows(file, ".jsonl", pairs, probabilities, header=False)
 
 
-def call(*arguments):
-    print("$", *arguments, flush=True)
-    if subprocess.run([sys.executable, *map(str, arguments)], cwd=Path.cwd()).returncode:
-        raise InputError(f"{Path(arguments[0]).name} failed; the message is above. What was done before stays: call this again")
+def call(script, *arguments):
+    command = [sys.executable, ROOT / script, *arguments]
+    print("$", *command[1:], flush=True)
+    if subprocess.run(list(map(str, command))).returncode:
+        raise InputError(f"{script} failed, with the message above; what was done stays: call this again")
 
 
-def train(run, name, seed, table, args):
+def is_finished(run):
+    if not (run / "validation.json").is_file():
+        return False
+    last_step, _ = json.loads((run / "validation.json").read_text())[-1]
+    return last_step == hub.read_json(run / "run.json")["steps"]
+
+
+def train(run, weighting, seed, table, args):
     """Trains the run, or goes on with it, or leaves it if it is finished."""
-    facts = findings.read_run_json(run)
-    if facts and (run / "validation.json").is_file() and json.loads((run / "validation.json").read_text())[-1][0] == facts["steps"]:
-        return
-    again = ["--resume"] if (run / "state" / "training.pt").is_file() else []
-    call(ROOT / "finetune.py", "--ckpt", args.ckpt, "--data", table, "--weighting", SETTINGS[name], "--seed", seed, "--out", run,
-         *args.finetune.split(), *again)
+    if not is_finished(run):
+        resume = ["--resume"] if (run / "state").is_dir() else []
+        call("finetune.py", "--ckpt", args.ckpt, "--data", table, "--weighting", weighting, "--seed", seed,
+             "--out", run, *args.finetune.split(), *resume)
+
+
+def markdown_table(evaluation, settings):
+    """Lines: the mean of each score, by group of rows and setting."""
+    means = {(m["setting"], m["score"], m["group"]): m for m in evaluation["means"]}
+    columns = [score for score in SCORES if score in evaluation["score_names"]]
+    lines = [f"| rows | setting | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for group, rows in evaluation["groups"].items():
+        if group.startswith("specialty"):
+            continue
+        for setting, name in settings.items():
+            cells = []
+            for column in columns:
+                m = means[setting, column, group]
+                spread = "" if m["sd_seeds"] is None else f" ± {m['sd_seeds']:.4f}"
+                cells.append(f"{m['mean']:.4f}{spread}")
+            lines.append(f"| {group} ({rows:,}) | {name} | {' | '.join(cells)} |")
+    return lines
 
 
 @report_errors
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=tables.SAMPLE, help="table with severity probabilities (of train_classifier.py --annotate)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=tables.SAMPLE, help="table with severity probabilities")
     parser.add_argument("--ckpt", default="tiny")
+    parser.add_argument("--settings", choices=SETTINGS, nargs="+", default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", default="runs/experiment")
-    parser.add_argument("--finetune", default="", metavar="ARGUMENTS", help='more of finetune.py, e.g. "--epochs 2 --lr 1e-4"')
-    parser.add_argument("--evaluate", default="", metavar="ARGUMENTS", help='more of evaluate.py, e.g. "--rows 500 --bertscore none"')
+    parser.add_argument("--finetune", default="", metavar="ARGUMENTS", help='e.g. "--epochs 2 --lr 1e-4"')
+    parser.add_argument("--evaluate", default="", metavar="ARGUMENTS", help='e.g. "--rows 500"')
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     shuffled = out / "shuffled.jsonl"
     if not shuffled.exists():
         checkpoint.write_atomically(shuffled, lambda path: write_shuffled(args.data, path))
+
+    # Train, seed by seed, then evaluate all runs together
+    runs = {}  # run -> name of its setting
     for seed in range(args.seeds):
-        for name in SETTINGS:
-            train(out / f"{name}-{seed}", name, seed, shuffled if name == "shuffled" else args.data, args)
-    runs = [out / f"{name}-{seed}" for name in SETTINGS for seed in range(args.seeds)]
-    call(ROOT / "evaluate.py", *runs, "--data", args.data, "--out", out / "report", "--answers", 0, *args.evaluate.split())
-    found = hub.read_json(out / "report" / "evaluation.json")
-    names = {setting["name"]: Path(setting["runs"][0]).name.rpartition("-")[0] for setting in found["settings"]}
-    for entry in found["means"]:
-        entry["setting"] = names[entry["setting"]]
-    means = {(m["setting"], m["score"], m["group"]): m for m in found["means"]}
-    scores = [score for score in SCORES if ("none", score, "all") in means]
-    groups = [group for group in found["groups"] if not group.startswith("specialty")]
-    lines = [f"| rows | setting | {' | '.join(scores)} |", "|---" * (2 + len(scores)) + "|"]
-    for group in groups:
-        for name in SETTINGS:
-            entries = [means[name, score, group] for score in scores]
-            cells = [f"{m['mean']:.4f}" + (f" ± {m['sd_seeds']:.4f}" if args.seeds > 1 else "") for m in entries]
-            lines.append(f"| {group} ({found['groups'][group]:,}) | {name} | {' | '.join(cells)} |")
+        for name in args.settings:
+            run = out / f"{name}-{seed}"
+            train(run, SETTINGS[name], seed, shuffled if name == "shuffled" else args.data, args)
+            runs[str(run)] = name
+    call("evaluate.py", *runs, "--data", args.data, "--out", out / "report", "--answers", 0,
+         *args.evaluate.split())
+
+    # The table, then what is said of the settings against w = 1 and against the control
+    evaluation = hub.read_json(out / "report" / "evaluation.json")
+    settings = {setting["name"]: runs[setting["runs"][0]] for setting in evaluation["settings"]}
+    lines = markdown_table(evaluation, settings)
     checkpoint.write_lines(out / "table.md", lines)
     print("\n".join(lines))
-    for entry in found["comparisons"]:
-        if entry["score"] in SCORES and {"none", "shuffled"} & {names[entry["a"]], names[entry["b"]]}:
+    for entry in evaluation["comparisons"]:
+        compared = {settings[entry["a"]], settings[entry["b"]]}
+        if entry["score"] in SCORES and compared & {"none", "shuffled"}:
             print(entry["sentence"])
-    print(f"± is the standard deviation over {args.seeds} seeds; wrote {out / 'table.md'} and {out / 'report'}")
+    print(f"± is the standard deviation over seeds; wrote {out / 'table.md'} and {out / 'report'}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/generate.py [--rows 32] [--new-tokens 64] [--dtype bf16|fp32] [--repeat 3]
 
-GPT-2's base shape with random weights and 64,000 words; prompts of 20 to 150 random tokens, all in one batch.
-The end tokens are chosen from what the model says, so that rows stop at different lengths. Both sides must answer
-the same in fp32; in bf16 likeliest tokens that nearly tie may differ.
+GPT-2's base shape with random weights and 64,000 words; prompts of 20 to 150 random tokens, all in one
+batch. The end tokens are chosen from what the model says, so that rows stop at different lengths. Both sides
+must answer the same in fp32; in bf16 likeliest tokens that nearly tie may differ.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def choose_eos_ids(answers, new_tokens):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default=DTYPE)

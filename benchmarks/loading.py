@@ -1,12 +1,13 @@
-"""load_model against from_pretrained of `transformers`: peak memory and time, for a checkpoint stored in six ways.
+"""load_model against from_pretrained of `transformers`: peak memory and time, for a checkpoint stored in six
+ways.
 
     python benchmarks/loading.py [--dtype fp32|bf16]
 
-The checkpoint is random, in the shape of aragpt2-medium: 369 million parameters, 1.5 GB in fp32. Every load is a
-process of its own that reads each parameter once at the end. Peak is the largest resident size less that before
-loading, divided by the size of the parameters once loaded; 1 is the least possible. Resident size has two parts,
-whose peaks need not coincide: private memory, and pages of mapped files, which the kernel takes back when it is
-short (Linux).
+The checkpoint is random, in the shape of aragpt2-medium: 369 million parameters, 1.5 GB in fp32. Every load
+is a process of its own that reads each parameter once at the end. Peak is the largest resident size less
+that before loading, divided by the size of the parameters once loaded; 1 is the least possible. Resident
+size has two parts, whose peaks need not coincide: private memory, and pages of mapped files, which the
+kernel takes back when it is short (Linux).
 """
 
 import argparse
@@ -70,7 +71,7 @@ def load(package, folder, dtype):
 
 
 def measure(package, folder, dtype):
-    """Runs load() in a process and watches the parts of its resident size, of which the kernel keeps no peak."""
+    """Runs load() in a process and watches both parts of its size, of which the kernel keeps no peak."""
     command = [sys.executable, __file__, "--dtype", dtype, "--load", package, str(folder)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     private = mapped = 0
@@ -83,13 +84,16 @@ def measure(package, folder, dtype):
         sys.exit(f"loading with {package} failed")
     result = json.loads(child.stdout.read().splitlines()[-1])
     before, size = result["before"], result["parameters"]
-    return {"peak": (result["peak"] - before["VmRSS"]) / size, "private": (private - before["RssAnon"]) / size,
-            "mapped": (mapped - before["RssFile"]) / size, "seconds": result["seconds"]}
+    return {"peak": (result["peak"] - before["VmRSS"]) / size,
+            "private": (private - before["RssAnon"]) / size,
+            "mapped": (mapped - before["RssFile"]) / size,
+            "seconds": result["seconds"]}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="what the parameters are loaded as")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the loaded parameters")
     parser.add_argument("--stored", choices=("fp32", "fp16"), nargs="+", default=["fp32", "fp16"])
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=KINDS, help="of files")
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
@@ -108,7 +112,8 @@ def main():
         for kind in args.kinds:
             with tempfile.TemporaryDirectory() as folder:
                 write(Path(folder), config, tensors, kind)
-                ours, theirs = (measure(package, folder, args.dtype) for package in ("sevloss", "transformers"))
+                ours = measure("sevloss", folder, args.dtype)
+                theirs = measure("transformers", folder, args.dtype)
             for package, cost in (("sevloss", ours), ("transformers", theirs)):
                 print(f"{stored + ' ' + kind:22} {package:13} {cost['peak']:5.2f} {cost['private']:8.2f} "
                       f"{cost['mapped']:7.2f} {cost['seconds']:8.1f}")

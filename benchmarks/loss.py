@@ -1,11 +1,11 @@
-"""linear_weighted_token_ce against what people would otherwise write: forward and backward, time and added memory.
+"""linear_weighted_token_ce against what people would otherwise write: time and added memory.
 
-    python benchmarks/loss.py [--rows 2048] [--width 768] [--vocabulary 64000] [--dtype bf16|fp32] [--repeat 5]
-                              [--without-torch]
+    python benchmarks/loss.py [--rows 2048] [--width 768] [--vocabulary 64000] [--dtype bf16|fp32]
+                              [--repeat 5] [--without-torch]
 
-All of them run in turn, on the same tensors, in one process with the same threads and allocator; their gradients
-must agree to 1% (fp32: 1e-5). Ratios are of our time to that of each other one, round by round. Memory is the peak
-of the resident size above its level before the call (Linux).
+All of them run forward and backward in turn, on the same tensors, in one process with the same threads and
+allocator; their gradients must agree to 1% (fp32: 1e-5). Ratios are of our time to that of each other one,
+round by round. Memory is the peak of the resident size above its level before the call (Linux).
 """
 
 import argparse
@@ -65,7 +65,8 @@ def check_gradients(name, gradients, reference, tolerance):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=64_000)
@@ -74,6 +75,7 @@ def main():
     parser.add_argument("--without-torch", action="store_true",
                         help="leave F.linear_cross_entropy out: it takes ten times as long")
     args = parser.parse_args()
+    tolerance = {"bf16": 0.01, "fp32": 1e-5}[args.dtype]
     functions = {"naive": naive, "checkpointed chunks": checkpointed, "F.linear_cross_entropy": torch_chunked,
                  "linear_weighted_token_ce": ours}
     if args.without_torch:
@@ -96,7 +98,7 @@ def main():
             elif name == "naive":
                 reference = hidden.grad.clone(), head.grad.clone()
             else:
-                check_gradients(name, (hidden.grad, head.grad), reference, 0.01 if args.dtype == "bf16" else 1e-5)
+                check_gradients(name, (hidden.grad, head.grad), reference, tolerance)
 
     shape = f"{args.rows:,} × {args.width} × {args.vocabulary:,}, {args.dtype}"
     print(f"{shape}, {machine()}; all gradients agree")

@@ -3,11 +3,11 @@
     python benchmarks/scaling.py [--model gpt2|qwen-lora] [--lengths 16 64 256 900] [--rows 1 4 16 64]
                                  [--most-tokens 16384] [--repeat 3]
 
-Forward, loss and backward pass of benchmarks/step.py's models, without the optimizer; random ids, every second token
-supervised, bf16 where the processor has it. Lengths above 16 differ by up to a tenth, so that hardly two documents
-share an attention call: the worst case on a CPU. Microseconds a token, the median of --repeat steps. A column of the
-table that stays level says that length costs nothing; a row that falls says that few tokens cannot fill the
-processor.
+Forward, loss and backward pass of benchmarks/step.py's models, without the optimizer; random ids, every
+second token supervised, bf16 where the processor has it. Lengths above 16 differ by up to a tenth, so that
+hardly two documents share an attention call: the worst case on a CPU. Microseconds a token, the median of
+--repeat steps. A column of the table that stays level says that length costs nothing; a row that falls says
+that few tokens cannot fill the processor.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def random_examples(rows, length, vocabulary):
     else:
         lengths = np.full(rows, length)
     ids = random.integers(1, vocabulary, lengths.sum(), dtype=np.int32)
-    return Examples(ids, np.cumsum([0, *lengths]), lengths // 2)
+    return Examples(ids, lengths, lengths // 2, probabilities=np.zeros((rows, 3), np.float32))
 
 
 def microseconds_a_token(side, examples, repeat):
@@ -43,7 +43,8 @@ def microseconds_a_token(side, examples, repeat):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=step.CONFIGS, default="gpt2")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 900])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64])

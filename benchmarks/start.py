@@ -1,13 +1,15 @@
-"""From a large table to the first optimizer step: finetune.py against `datasets` and `transformers`, 2 processes.
+"""From a large table to the first optimizer step: finetune.py against `datasets` and `transformers`, 2
+processes.
 
     python benchmarks/start.py [--data TABLE] [--rows 341218] [--repeat 3]
 
-A workbook of --rows rows is made first, of the complaints and responses of --data: drawn again and again, a word in
-thirty misspelt, so that new words keep coming as they do in real text. Processes are timed from their start, imports
-included, to the end of their first optimizer step, with a model so small that only reading and encoding count. Both
-encode prompt and response of four fifths of the rows. finetune.py also splits the rows by complaint, checks them,
-counts what is cut and saves the ids. The ids of the first rows must agree. "again" is finetune.py once more, which
-finds the encoded table in runs/encoded. Peak memory is the sum over a side's processes.
+A workbook of --rows rows is made first, of the complaints and responses of --data: drawn again and again, a
+word in thirty misspelt, so that new words keep coming as they do in real text. Processes are timed from
+their start, imports included, to the end of their first optimizer step, with a model so small that only
+reading and encoding count. Both encode prompt and response of four fifths of the rows. finetune.py also
+splits the rows by complaint, checks them, counts what is cut and saves the ids. The ids of the first rows
+must agree. "again" is finetune.py once more, which finds the encoded table in runs/encoded. Peak memory is
+the sum over a side's processes.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from turns import ROOT, machine, need, print_row, ratio
 
 from sevloss import data
@@ -54,7 +57,8 @@ def encode(rows):
             "labels": [([-100] * len(p) + a + [eos])[:512] for p, a in zip(prompts, answers)]}
 frame = pandas.read_excel(table, engine="calamine").dropna().astype(str)
 rows = Dataset.from_pandas(frame.iloc[:len(frame) * 4 // 5], preserve_index=False)
-rows = rows.map(encode, batched=True, num_proc=2, remove_columns=["Question", "Answer"], load_from_cache_file=False)
+rows = rows.map(encode, batched=True, num_proc=2, remove_columns=["Question", "Answer"],
+                load_from_cache_file=False)
 model = AutoModelForCausalLM.from_pretrained(folder)
 optimizer = torch.optim.AdamW(model.parameters())
 def padded(name, value):
@@ -71,7 +75,8 @@ def misspelt(text, chance):
     words = text.split(" ")
     for i, word in enumerate(words):
         if len(word) > 1 and chance.random() < 1 / 30:
-            words[i] = word[:chance.randrange(1, len(word))] + "".join(chance.choices("ابتثجحخدرسشعفقكلمنهوي", k=3))
+            end = chance.choices("ابتثجحخدذرزسشصضطظعغفقكلمنهوي", k=3)
+            words[i] = word[:chance.randrange(1, len(word))] + "".join(end)
     return " ".join(words)
 
 
@@ -87,16 +92,14 @@ def write_table(pairs, rows, path):
     book.save(path)
 
 
-def make_model(pairs, vocabulary, folder):
+def make_model(table, vocabulary, folder):
     """A model so small that it does not count, with a tokenizer of the table's own words."""
-    words = folder / "words.xlsx"
-    write_table(pairs, 20_000, words)
-    pairs = tables.read_pairs(words, needed=("complaint", "response"))
+    pairs = tables.read_pairs(table, needed=("complaint", "response"))[:20_000]
     texts = [pair.complaint for pair in pairs] + [pair.response for pair in pairs]
     _, tokenizer = tiny_gpt2(texts, vocab_size=vocabulary)
     model = from_scratch(dict(
-        model_type="gpt2", vocab_size=tokenizer.get_vocab_size(), n_positions=1024, n_embd=32, n_layer=1, n_head=2,
-        eos_token_id=tokenizer.token_to_id("<|endoftext|>")))
+        model_type="gpt2", vocab_size=tokenizer.get_vocab_size(), n_positions=1024, n_embd=32, n_layer=1,
+        n_head=2, eos_token_id=tokenizer.token_to_id("<|endoftext|>")))
     save_model(model, tokenizer, folder / "model")
 
 
@@ -132,22 +135,23 @@ def measure(folder, *command):
 
 
 def check_ids(folder):
-    """Exits unless both sides encoded the first rows alike; finetune.py has those of its training split alone."""
+    """Exits unless both sides encoded the first rows alike. finetune.py has those of its training split."""
     pairs = tables.read_pairs(folder / "table.xlsx", needed=("complaint", "response"))[:COMPARED]
     theirs = json.loads((folder / "peer.json").read_text())
     (encoded,) = (folder / "runs" / "encoded").iterdir()
-    train = data.open_encoded(encoded).train
-    number = 0  # of the training example
-    for pair, ids in zip(pairs, theirs):
-        if data.split_of(pair.complaint) == "train":
-            if train.ids[train.starts[number]:train.starts[number + 1]].tolist() != ids:
-                sys.exit(f"the ids of row {pair.row} differ")
-            number += 1
-    print(f"the ids of {number} rows are the same on both sides")
+    lengths = np.fromfile(encoded / "train" / "lengths.bin", np.int32, COMPARED)
+    ids = np.fromfile(encoded / "train" / "ids.bin", np.int32, lengths.sum())
+    ours = np.split(ids, np.cumsum(lengths)[:-1])
+    train = [i for i, pair in enumerate(pairs[:len(theirs)]) if data.split_of(pair.complaint) == "train"]
+    for i, row in zip(train, ours):
+        if row.tolist() != theirs[i]:
+            sys.exit(f"the ids of row {pairs[i].row} differ")
+    print(f"the ids of {len(train)} rows are the same on both sides")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=tables.SAMPLE)
     parser.add_argument("--rows", type=int, default=341_218)
     parser.add_argument("--repeat", type=int, default=3)
@@ -160,7 +164,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_table(pairs, args.rows, folder / "table.xlsx")
-        make_model(pairs, args.vocabulary, folder)
+        make_model(folder / "table.xlsx", args.vocabulary, folder)
         (folder / "ours.py").write_text(OURS, encoding="utf-8")
         (folder / "peer.py").write_text(PEER, encoding="utf-8")
         for turn in range(args.repeat):
@@ -174,7 +178,8 @@ def main():
     seconds = {side: [s for s, _ in values] for side, values in results.items()}
     peaks = {side: max(peak for _, peak in values) / 2 ** 30 for side, values in results.items()}
     for side in results:
-        print(f"{side:24} {min(seconds[side]):6.1f} to {max(seconds[side]):.1f} s, peak {peaks[side]:.2f} GiB")
+        least, most = min(seconds[side]), max(seconds[side])
+        print(f"{side:24} {least:6.1f} to {most:.1f} s, peak {peaks[side]:.2f} GiB")
     print_row(f"{args.rows:,} rows of `.xlsx` to the first step", "`datasets` + `transformers`, 2 processes",
               f"{ratio(seconds[theirs], seconds[ours])} times as fast, {peaks[ours]:.1f} against "
               f"{peaks[theirs]:.1f} GiB; {max(seconds[again]):.1f} s the second time")

@@ -1,15 +1,15 @@
 """A fine-tuning step against a plain loop around the model of `transformers`: examples/s and peak memory.
 
-    python benchmarks/step.py [--model gpt2|qwen-lora] [--data TABLE] [--examples 16] [--steps 6] [--pad-to 512]
-                              [--dtype bf16|fp32] [--allocator default|tuned]
+    python benchmarks/step.py [--model gpt2|qwen-lora] [--data TABLE] [--examples 16] [--steps 6]
+                              [--pad-to 512] [--dtype bf16|fp32] [--allocator default|tuned]
 
-gpt2: GPT-2's base shape with 64,000 words, all of it trained; qwen-lora: the shape of Qwen2.5-0.5B, LoRA of rank 16
-on q_proj and v_proj (`peft` on the peer's side), the base in bf16. Weights are random, dropout is 0, pairs are real,
-matrix products run in bf16 where the processor has it, else all is fp32. AdamW is fused on both sides. The peer pads
-each batch to its longest row, or to --pad-to tokens as the published notebooks do. Each side is a process of its
-own, and they take turns step by step; the losses of the first step must agree to 0.5% (fp32: 1e-5). sevloss tells
-glibc by itself to keep freed memory (device.keep_freed_memory); --allocator tuned tells both processes, by
-environment variables, so that the peer gains as much.
+gpt2: GPT-2's base shape with 64,000 words, all of it trained; qwen-lora: the shape of Qwen2.5-0.5B, LoRA of
+rank 16 on q_proj and v_proj (`peft` on the peer's side), the base in bf16. Weights are random, dropout is 0,
+pairs are real, matrix products run in bf16 where the processor has it, else all is fp32. AdamW is fused on
+both sides. The peer pads each batch to its longest row, or to --pad-to tokens as the published notebooks do.
+Each side is a process of its own, and they take turns step by step; the losses of the first step must agree
+to 0.5% (fp32: 1e-5). sevloss tells glibc by itself to keep freed memory (device.keep_freed_memory);
+--allocator tuned tells both processes, by environment variables, so that the peer gains as much.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def parameter_dtype(args):
 def make_checkpoint(args, folder):
     config = CONFIGS[args.model](**turns.size_of(args))
     pairs = tables.read_pairs(args.data, needed=("complaint", "response"))
-    texts = [data.PROMPT.format(complaint=pair.complaint) for pair in pairs] + [pair.response for pair in pairs]
+    texts = [data.PROMPT.format(complaint=pair.complaint) + pair.response for pair in pairs]
     _, tokenizer = tiny_gpt2(texts, vocab_size=min(64_000, config["vocab_size"]))
     config["eos_token_id"] = tokenizer.token_to_id("<|endoftext|>")
     torch.manual_seed(0)
@@ -59,12 +59,11 @@ def make_checkpoint(args, folder):
 
 
 def read_steps(args, tokenizer):
-    """-> (the examples' numbers, step by step; Examples; their severity weights (n,))"""
+    """-> (indices of the examples of each step, Examples, their severity weights (n,))"""
     pairs = tables.read_pairs(args.data, needed=("complaint", "response"))
     eos_id = tokenizer.token_to_id("<|endoftext|>")
-    examples = data.encode_pairs(pairs, tokenizer, max_length=512, eos_id=eos_id, preprocess="none")
-    probabilities = [pair.probabilities or (0.2, 0.3, 0.5) for pair in pairs]
-    weights = severity_weights(torch.tensor(probabilities)).numpy()
+    examples, _ = data.encode_pairs(pairs, tokenizer, max_length=512, eos_id=eos_id, preprocess="none")
+    weights = severity_weights(torch.from_numpy(examples.probabilities)).numpy()
     order = np.random.default_rng(0).permutation(len(examples))
     starts = range(0, len(order) - args.examples + 1, args.examples)
     return [order[start:start + args.examples] for start in starts], examples, weights
@@ -101,14 +100,14 @@ class Ours:
         loss_of_step = 0.0
         token_weights = weights / examples.target_counts
         for part in data.micro_batches(examples.input_lengths, indices, MICRO_TOKENS):
-            batch = data.make_batch(examples, part, weights=token_weights)
+            batch = data.make_batch(examples, part, token_weights=token_weights)
             watch.lap("data")
             with self.compute.autocast():
                 hidden = self.model(batch.tokens, batch.lengths)  # (N, D)
                 watch.lap("forward")
-                loss = linear_weighted_token_ce(
-                    hidden[batch.supervised_index], self.model.head_weight, batch.targets, batch.weights,
-                    denominator=len(indices), ignore_index=None)
+                hidden = hidden.index_select(0, batch.supervised_index)  # (S, D)
+                loss = linear_weighted_token_ce(hidden, self.model.head_weight, batch.targets, batch.weights,
+                                                denominator=len(indices), ignore_index=None)
                 watch.lap("head and loss")
             loss.backward()
             loss_of_step += loss.item()
@@ -137,7 +136,7 @@ class Peer:
         self.pad_to = args.pad_to
 
     def step(self, examples, weights, indices):
-        rows = [examples.ids[examples.starts[i]:examples.starts[i + 1]].astype(np.int64) for i in indices]
+        rows = [examples[i].astype(np.int64) for i in indices]
         longest = max(self.pad_to, *map(len, rows))
         ids = torch.stack([F.pad(torch.from_numpy(row), (0, longest - len(row))) for row in rows])  # (B, T)
         positions = torch.arange(longest)
@@ -199,7 +198,8 @@ def measure(folder, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=CONFIGS, default="gpt2")
     parser.add_argument("--data", default=tables.SAMPLE)
     parser.add_argument("--examples", type=int, default=16, help="per step")
@@ -225,8 +225,9 @@ def main():
     first, other = ours[0]["loss"], theirs[0]["loss"]
     if abs(first - other) / other > (0.005 if args.dtype == "bf16" else 1e-5):
         sys.exit(f"the losses of the first step differ: {first:.5f} and {other:.5f}")
-    print(f"{args.model}, {args.examples} examples a step of {statistics.mean(r['tokens'] for r in ours):,.0f} "
-          f"tokens, {args.dtype}, {turns.machine()}; losses of the first step {first:.5f} and {other:.5f}")
+    tokens = statistics.mean(result["tokens"] for result in ours)
+    print(f"{args.model}, {args.examples} examples a step of {tokens:,.0f} tokens, {args.dtype}, "
+          f"{turns.machine()}; losses of the first step {first:.5f} and {other:.5f}")
     seconds = {side: [r["seconds"] for r in steps[WARM_UP:]] for side, steps in results.items()}
     peaks = {side: steps[-1]["peak"] for side, steps in results.items()}
     for side in results:
@@ -236,11 +237,12 @@ def main():
     shares = [f"{part} {spent / parts.total():.0%}" for part, spent in parts.items()]
     print("a step of sevloss: " + ", ".join(shares))
     ratios = [b / a for a, b in zip(seconds["sevloss"], seconds["transformers"])]
-    turns.print_row(f"step, {SHAPES[args.model]}, {args.examples} pairs, {args.dtype}, {args.allocator} allocator",
-              f"`{'` + `'.join(PEERS[args.model])}`, padded to {args.pad_to or 'the longest'}",
-              f"{sum(seconds['transformers']) / sum(seconds['sevloss']):.1f} ({min(ratios):.1f} to "
-              f"{max(ratios):.1f} by step) times the examples/s, "
-              f"{peaks['sevloss'] / peaks['transformers']:.2f} of the peak memory")
+    speed = sum(seconds["transformers"]) / sum(seconds["sevloss"])
+    turns.print_row(
+        f"step, {SHAPES[args.model]}, {args.examples} pairs, {args.dtype}, {args.allocator} allocator",
+        f"`{'` + `'.join(PEERS[args.model])}`, padded to {args.pad_to or 'the longest'}",
+        f"{speed:.1f} ({min(ratios):.1f} to {max(ratios):.1f} by step) times the examples/s, "
+        f"{peaks['sevloss'] / peaks['transformers']:.2f} of the peak memory")
 
 
 if __name__ == "__main__":

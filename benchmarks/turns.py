@@ -82,7 +82,7 @@ def ratio(seconds, to):
 
 
 def memory(process="self"):
-    """Bytes: VmRSS, its parts RssAnon and RssFile, and VmHWM, the largest VmRSS since reset_peak() (Linux)."""
+    """Bytes (Linux): VmRSS, its parts RssAnon and RssFile, and VmHWM, VmRSS's peak since reset_peak()."""
     found = {}
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         name, _, value = line.partition(":")

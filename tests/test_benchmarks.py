@@ -1,36 +1,117 @@
-"""Every benchmark runs, at the smallest size, to the row that it prints for the table of speeds.
+"""Every benchmark runs, at the smallest size, to the row that it prints for docs/speed.md.
 
-What it measures means nothing at this size.
+Times mean nothing at this size. That both sides computed the same is checked by the benchmarks themselves.
 """
 
-import os
-import re
-import subprocess
+import importlib
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).parent.parent
-SMALL = "--layers 1 --width 64 --vocabulary 500"
+from sevloss import data
+from sevloss.inputs import tables
+from sevloss.models import from_scratch, load_model
 
-
-def run(script, arguments, folder):
-    """What the script prints; it must end well."""
-    command = [sys.executable, ROOT / "benchmarks" / script, *arguments.split()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SIZE = "--layers 1 --width 64 --vocabulary 500"
 
 
-def needs(*packages):
-    return pytest.mark.peers(*packages)
+@pytest.fixture
+def run(monkeypatch, tmp_path, capfd):
+    """run("loss.py", arguments) -> what it prints. The script runs as `python` would run it, but in this process:
+    importing torch anew takes seconds. What it starts are processes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(script, arguments):
+        monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / script), *arguments.split()])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return capfd.readouterr().out
+    return run
 
 
-def test_experiment(tmp_path):
-    """The runs, the one with shuffled probabilities included; called again, it trains none of them again."""
-    arguments = ("--seeds 1 --out out --settings none shuffled --finetune --max-steps=1 "
-                 "--evaluate --max-new-tokens=1")
-    printed = run("experiment.py", arguments, tmp_path)
-    assert printed.count("finetune.py") == 2
+@pytest.fixture
+def load(monkeypatch):
+    """load("loss") -> the benchmark as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+def check_row(printed, work):
+    """The last line is a row: what was done, against what, the result, the command."""
+    cells = [cell.strip() for cell in printed.splitlines()[-1].strip("|").split("|")]
+    assert len(cells) == 4 and all(cells) and cells[0].startswith(work)
+
+
+@pytest.mark.parametrize("script, arguments, work", [
+    pytest.param("annotate.py", f"{SIZE} --vocabulary 2000 --rows 6 --repeat 1", "severity of complaints",
+                 marks=pytest.mark.peers("transformers")),
+    pytest.param("bertscore.py", f"{SIZE} --vocabulary 2000 --layer 1 --rows 4 --repeat 1", "BERTScore",
+                 marks=pytest.mark.peers("transformers", "bert_score")),
+    pytest.param("generate.py", f"{SIZE} --rows 4 --new-tokens 4 --repeat 1", "decoding",
+                 marks=pytest.mark.peers("transformers")),
+    pytest.param("loading.py", f"{SIZE} --stored fp32 --kinds model.safetensors", "loading model.safetensors",
+                 marks=pytest.mark.peers("transformers")),
+    ("loss.py", "--rows 64 --width 32 --vocabulary 500 --repeat 1", "loss"),
+    pytest.param("start.py", "--rows 64 --vocabulary 500 --repeat 1", "64 rows",
+                 marks=pytest.mark.peers("transformers", "datasets", "pandas", "openpyxl")),
+    pytest.param("step.py", f"{SIZE} --examples 2 --steps 1 --model qwen-lora", "step",
+                 marks=pytest.mark.peers("transformers", "peft")),
+], ids=lambda value: value if str(value).endswith(".py") else "")
+def test_row(run, script, arguments, work):
+    check_row(run(script, arguments), work)
+
+
+def test_scaling(run):
+    """A line for each length, a number for each count of rows that is not too many."""
+    arguments = f"{SIZE} --rows 1 2 --lengths 16 20 --most-tokens 32 --repeat 1"
+    lines = run("scaling.py", arguments).splitlines()
+    assert [len(line.split()) for line in lines[-2:]] == [3, 2]
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "three shards", "pytorch_model.bin"])
+def test_loading_kinds(load, tmp_path, kind):
+    """Each way to store a checkpoint is read."""
+    loading, config = load("loading"), load("turns").gpt2_config(layers=1, width=64, vocabulary=50)
+    tensors = from_scratch(config).state_dict()
+    loading.write(tmp_path, config, tensors, kind)
+    assert load_model(tmp_path).head_weight.equal(tensors["transformer.wte.weight"])
+
+
+def test_a_missing_peer_is_said(load):
+    with pytest.raises(SystemExit, match="no_such_package.*requirements-dev.txt"):
+        load("turns").need("torch", "no_such_package")
+
+
+# ------------------------------------------------------------------ experiment.py
+
+def test_experiment(run, load, tmp_path):
+    """A run and its control, the table; and runs that are finished are known as such."""
+    printed = run("experiment.py", "--settings none shuffled --seeds 1 --out out --finetune=--max-steps=1 "
+                                   "--evaluate=--max-new-tokens=1")
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert table.startswith("| rows | setting | NLL | chrF | ROUGE-L | urgent |")
+    assert table in printed and "| none |" in table and "| shuffled |" in table
+    assert load("experiment").is_finished(tmp_path / "out" / "shuffled-0")
+    (tmp_path / "out" / "shuffled-0" / "validation.json").unlink()
+    assert not load("experiment").is_finished(tmp_path / "out" / "shuffled-0")
+
+
+def test_shuffled_probabilities(load, tmp_path):
+    """The control has the same rows, and probabilities have changed places among the training rows alone."""
+    load("experiment").write_shuffled(tables.SAMPLE, tmp_path / "shuffled.jsonl")
+    before = tables.read_pairs(tables.SAMPLE, needed=("complaint", "response"))
+    after = tables.read_pairs(tmp_path / "shuffled.jsonl", needed=("complaint", "response"))
+    for name in ("complaint", "response", "severity"):
+        assert [getattr(pair, name) for pair in before] == [getattr(pair, name) for pair in after]
+    before_p = torch.tensor([pair.probabilities for pair in before])
+    after_p = torch.tensor([pair.probabilities for pair in after])
+    moved = (before_p - after_p).abs().amax(1) > 1e-5
+    train = torch.tensor([data.split_of(pair.complaint) == "train" for pair in before])
+    assert moved.sum() > 0.9 * train.sum() and not (moved & ~train).any()
+    torch.testing.assert_close(after_p.sort(0).values, before_p.sort(0).values, rtol=0, atol=1e-5)
