@@ -50,7 +50,7 @@ class Page(html.parser.HTMLParser):
 
 
 def assert_needs_nothing(text, pictures):
-    """The page opens offline: it has no script and no address of anything; `pictures`, the files, are inside."""
+    """The page opens offline: it has no script and no address of anything; `pictures`, files, are inside."""
     tags = Page(text).tags
     assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object", "embed", "form", "base"}
     assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]

@@ -1,4 +1,4 @@
-"""BERTScore against golden/bertscore (made by golden/make_bertscore.py with the package bert-score), to 1e-6."""
+"""BERTScore to 1e-6 against golden/bertscore, which make_bertscore.py made with the package bert-score."""
 
 import json
 
@@ -50,7 +50,8 @@ def assert_scores(ours, rows):
     __tracebackhide__ = True
     assert [t.shape for t in ours] == [(len(rows),)] * 3
     difference = (torch.stack(ours, dim=1) - torch.tensor(rows)).abs()
-    assert difference.max() < 1e-6, f"pair {int(difference.amax(1).argmax())} differs by {difference.max():.1e}"
+    worst = int(difference.amax(1).argmax())
+    assert difference.max() < 1e-6, f"pair {worst} differs by {difference.max():.1e}"
 
 
 # ------------------------------------------------------------------ the same as the package
@@ -67,7 +68,8 @@ def test_without_a_text_on_either_side_everything_is_zero_and_other_pairs_do_not
     candidates, references = [empty, "نعم", empty, "خذ الدواء"], ["نعم", empty, empty, "الدواء"]
     scores = torch.stack(bert_score(candidates, references, checkpoint, 2))
     assert (scores[:, :3] == 0).all()
-    assert torch.allclose(scores[:, 3:], torch.stack(bert_score(["خذ الدواء"], ["الدواء"], checkpoint, 2)), atol=1e-6)
+    alone = torch.stack(bert_score(["خذ الدواء"], ["الدواء"], checkpoint, 2))
+    assert torch.allclose(scores[:, 3:], alone, atol=1e-6)
 
 
 def test_no_pairs(checkpoint):
@@ -87,7 +89,8 @@ def test_cut_texts_are_counted_and_reported(checkpoint, capsys):
     assert "2 of 4 different texts were cut to 32 pieces" in capsys.readouterr().out
     end = scorer.tokenizer.encode(LONG).ids
     head = scorer.tokenizer.decode(end[1:31])
-    assert torch.allclose(torch.stack(scorer.score([head], ["نعم"])).squeeze(1), torch.stack(long)[:, 0], atol=1e-6)
+    of_head = torch.stack(scorer.score([head], ["نعم"])).squeeze(1)
+    assert torch.allclose(of_head, torch.stack(long)[:, 0], atol=1e-6)
     assert scorer.cut == 0 and not capsys.readouterr().out  # 32 pieces are not too many
 
 
@@ -96,7 +99,8 @@ def test_cut_texts_are_counted_and_reported(checkpoint, capsys):
 def test_each_text_is_encoded_once_sorted_by_length(checkpoint, fed):
     scorer = Scorer.load(checkpoint, 2)
     passes = fed(scorer)
-    scorer.score(["خذ الدواء بعد الأكل", " نعم", "لا ", "نعم"], ["نعم", "نعم\n", "خذ الدواء بعد الأكل", "خذ الماء"])
+    scorer.score(["خذ الدواء بعد الأكل", " نعم", "لا ", "نعم"],
+                 ["نعم", "نعم\n", "خذ الدواء بعد الأكل", "خذ الماء"])
     [documents] = passes
     assert len(documents) == len(set(map(tuple, documents))) == 4
     assert [len(d) for d in documents] == sorted(len(d) for d in documents)
@@ -114,7 +118,7 @@ def test_scores_do_not_depend_on_company_or_chunks(checkpoint, pairs, monkeypatc
 
 
 def test_memory_is_bounded(checkpoint, pairs, monkeypatch, fed):
-    """With few vectors held at a time there are more passes, each below the bound, and the bar still ends at 2n."""
+    """With few vectors held at a time there are more passes, each below the bound; the bar ends at 2n."""
     scorer, steps = Scorer.load(checkpoint, 3), []
     passes = fed(scorer)
     monkeypatch.setattr(bertscore, "MOST_HELD", 70)
@@ -133,17 +137,38 @@ def test_bf16_multiplies_in_bf16_is_near_and_comes_back_as_fp32(checkpoint, pair
     assert 1e-5 < (rough - exact).abs().max() < 0.02
 
 
-def test_fp32_is_full_fp32_even_where_training_allowed_tf32(checkpoint, monkeypatch):
-    scorer, seen = Scorer.load(checkpoint, 2), []
-    original = scorer.model.hidden_states
-    monkeypatch.setattr(scorer.model, "hidden_states", lambda *a: seen.append(torch.get_float32_matmul_precision()) or original(*a))
-    before = torch.get_float32_matmul_precision()
+def older_switch():
     torch.set_float32_matmul_precision("high")
+
+
+def newer_switch():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # from then on the older one cannot be asked
+
+
+@pytest.mark.parametrize("allow_tf32", [older_switch, newer_switch])
+def test_fp32_is_full_fp32_even_where_tf32_is_allowed(checkpoint, monkeypatch, allow_tf32):
+    """Whichever switch the program around it used; all are as before in the end."""
+    scorer, seen = Scorer.load(checkpoint, 2), []
+    hidden_states = scorer.model.hidden_states
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+    def watch(*arguments):
+        seen.append([torch.get_float32_matmul_precision(), *(backend.fp32_precision for backend in backends)])
+        return hidden_states(*arguments)
+    monkeypatch.setattr(scorer.model, "hidden_states", watch)
+    before = [backend.fp32_precision for backend in backends]
+    allow_tf32()
     try:
+        during = [backend.fp32_precision for backend in backends]
         scorer.score(["نعم"], ["لا"])
-        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+        assert seen == [["highest", "ieee", "ieee"]]
+        assert [backend.fp32_precision for backend in backends] == during and "tf32" in during
+        if allow_tf32 is older_switch:
+            assert torch.get_float32_matmul_precision() == "high"
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
 
 
 def test_a_classifier_is_an_encoder_too(checkpoint, edited, pairs):
@@ -153,7 +178,8 @@ def test_a_classifier_is_an_encoder_too(checkpoint, edited, pairs):
             "bert.pooler.dense.weight": torch.zeros(24, 24), "bert.pooler.dense.bias": torch.zeros(24),
             "classifier.weight": torch.zeros(3, 24), "classifier.bias": torch.zeros(3)}
     folder = edited("bertscore", with_head, id2label={"0": "a", "1": "b", "2": "c"})
-    assert torch.equal(torch.stack(bert_score(*pairs, folder, 2)), torch.stack(bert_score(*pairs, checkpoint, 2)))
+    assert torch.equal(torch.stack(bert_score(*pairs, folder, 2)),
+                       torch.stack(bert_score(*pairs, checkpoint, 2)))
 
 
 # ------------------------------------------------------------------ what is refused

@@ -17,7 +17,8 @@ def pair(row, complaint, label, specialty=""):
 
 
 def test_conflicting_labels_become_shares():
-    """The same complaint, spelled with other diacritics and punctuation, is one example whose target is the share of each label."""
+    """The same complaint, spelled with other diacritics and punctuation, is one example whose target is the
+    share of each label."""
     pairs = [pair(1, "ألم شديد", 0), pair(2, "أَلَم  شديد!", 2), pair(3, "ألم شديد.", 2), pair(4, "حكة", 1)]
     texts, targets = train_classifier.soft_targets(pairs)
     assert texts == ["ألم شديد", "حكة"]
@@ -25,7 +26,8 @@ def test_conflicting_labels_become_shares():
 
 
 def test_folds_never_score_a_complaint_that_they_saw(monkeypatch):
-    pairs = [pair(i, f"شكوى رقم {i // 2}" + ("!" if i % 2 else ""), i % 3) for i in range(200)]  # each complaint twice
+    # each complaint twice
+    pairs = [pair(i, f"شكوى رقم {i // 2}" + ("!" if i % 2 else ""), i % 3) for i in range(200)]
     rows = {p.complaint: p.row for p in pairs}
     seen = set()
 
@@ -47,7 +49,8 @@ def test_folds_never_score_a_complaint_that_they_saw(monkeypatch):
     monkeypatch.setattr(train_classifier, "fit", fit)
     monkeypatch.setattr(train_classifier, "encode", encode)
     monkeypatch.setattr(annotate, "class_logits", class_logits)
-    ordered, results = train_classifier.out_of_fold(Namespace(folds=4, ckpt="tiny", seed=[0]), None, pairs, "none")
+    args = Namespace(folds=4, ckpt="tiny", seed=[0])
+    ordered, results = train_classifier.out_of_fold(args, None, pairs, "none")
     assert sorted(p.row for p in ordered) == list(range(200))
     assert results["tiny"][:, 0].tolist() == [p.row for p in ordered]  # rows and logits stay together
     assert {len(z) for z in results.values()} == {200}
@@ -67,7 +70,7 @@ def test_majority_baseline_gives_the_shares():
     torch.testing.assert_close(logits.softmax(-1), torch.tensor([[0.625, 0.0, 0.375]] * 2), atol=1e-5, rtol=0)
 
 
-# --- the report ------------------------------------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------------------
 
 HOSTILE = "<script>alert(1)</script> شكوى & <b>"
 
@@ -92,8 +95,8 @@ def page_of(tmp_path, scored):
 
 def test_report(scored, page_of):
     page = Page(page_of("شكوى | رقم ٧"))
-    assert page.sections == ["Scores", "By class", "Calibration", "By specialty", "The most confident mistakes",
-                             "The weights that these probabilities give"]
+    assert page.sections == ["Scores", "By class", "Calibration", "By specialty",
+                             "The most confident mistakes", "The weights that these probabilities give"]
     scores = report.score_rows(scored[1], torch.arange(30) % 3)
     assert page.tables["Scores"][0] == [["model", *report.SCORE_NAMES.values()], *scores]
     assert scores[1][:2] == ["bert, calibrated", f"{29 / 30:.4f}"]

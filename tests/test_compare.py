@@ -50,9 +50,11 @@ def test_interval_is_the_normal_one_for_many_rows(rng):
 
 
 def test_coverage_and_p_without_a_difference(rng):
-    """Of 600 simulated comparisons of two equal systems 95% have 0 in their interval, 5% a p below 0.05 and half one below 0.5."""
+    """Of 600 simulated comparisons of two equal systems 95% have 0 in their interval, 5% a p below 0.05 and
+    half one below 0.5."""
     hard = rng.normal(size=(100, 1)) * 5
-    _, low, high, p = paired_bootstrap(hard + rng.normal(size=(100, 600)), hard + rng.normal(size=(100, 600)), resamples=1000)
+    a, b = hard + rng.normal(size=(100, 600)), hard + rng.normal(size=(100, 600))
+    _, low, high, p = paired_bootstrap(a, b, resamples=1000)
     assert 0.92 < ((low <= 0) & (high >= 0)).mean() < 0.975
     assert 0.025 < (p < 0.05).mean() < 0.08
     assert 0.44 < (p < 0.5).mean() < 0.56
@@ -85,7 +87,8 @@ def test_scores_and_groups_together_are_as_one_by_one(rng):
 def test_chunks_do_not_show(rng, monkeypatch):
     """More rows than fit into one chunk: every resample is there, and has all rows."""
     values = rng.integers(0, 2, 3000).astype(float)
-    chunked = compare.bootstrap_mean(np.stack([values, np.ones(3000)], axis=1)[None], resamples=1500)  # 666 at a time
+    both = np.stack([values, np.ones(3000)], axis=1)
+    chunked = compare.bootstrap_mean(both[None], resamples=1500)  # 666 at a time
     assert chunked[1][1] == chunked[2][1] == 1
     error = values.std() / math.sqrt(3000)
     assert chunked[1][0] == pytest.approx(values.mean() - 1.96 * error, abs=0.25 * error)
@@ -95,7 +98,8 @@ def test_chunks_do_not_show(rng, monkeypatch):
 @pytest.mark.filterwarnings("error")
 def test_small_and_empty_groups_have_no_interval(rng):
     """A handful of rows that agree is no evidence, and a class without rows no error."""
-    weights = np.stack([np.arange(200) < m for m in (0, 1, compare.FEWEST_ROWS - 1, compare.FEWEST_ROWS)], axis=1)
+    sizes = (0, 1, compare.FEWEST_ROWS - 1, compare.FEWEST_ROWS)
+    weights = np.stack([np.arange(200) < m for m in sizes], axis=1)
     result = paired_bootstrap(ZEROS, 1 + rng.random(200), weights=weights)
     assert np.isnan(result.difference).tolist() == [True, False, False, False]
     for x in result[1:]:
@@ -121,7 +125,7 @@ def test_bootstrap_mean(rng):
     assert low < mean < high and high - low == pytest.approx(2 * 1.96 / math.sqrt(200), rel=0.2)
 
 
-# --- seeds ----------------------------------------------------------------------------------------------------------------
+# --- seeds --------------------------------------------------------------------------------------------------
 
 def test_seed_spread():
     assert compare.seed_spread([[1.0, 4.0], [3.0, 4.0]]) == pytest.approx([math.sqrt(2), 0])
@@ -143,7 +147,8 @@ def test_interval_with_seeds_is_the_normal_one(rng):
 
 
 def test_coverage_with_seeds(rng):
-    """400 simulated comparisons of equal settings, five seeds each: resampling rows alone takes luck with seeds for a difference."""
+    """400 simulated comparisons of equal settings, five seeds each: resampling rows alone takes luck with
+    seeds for a difference."""
     def setting():
         return rng.normal(size=(5, 100, 400)) + 0.3 * rng.normal(size=(5, 1, 400))
     a, b = setting(), setting()
@@ -156,10 +161,11 @@ def test_coverage_with_seeds(rng):
 
 def test_one_seed_on_a_side_is_the_mean_over_seeds_paired_over_rows(rng):
     a, b = rng.normal(size=(3, 50)), rng.normal(size=(1, 50))
-    assert compare.compare_settings(a, b, resamples=100) == pytest.approx(paired_bootstrap(a.mean(0), b[0], resamples=100))
+    expected = paired_bootstrap(a.mean(0), b[0], resamples=100)
+    assert compare.compare_settings(a, b, resamples=100) == pytest.approx(expected)
 
 
-# --- many comparisons -----------------------------------------------------------------------------------------------------
+# --- many comparisons ---------------------------------------------------------------------------------------
 
 def test_holm_by_hand():
     """Sorted: 0.005 x 4, 0.01 x 3, 0.03 x 2, then 0.04 x 1, which may not fall below the one before."""
@@ -176,22 +182,31 @@ def test_holm_does_not_count_what_was_not_compared():
 
 
 @pytest.mark.parametrize("score, difference, interval, p, expected", [
-    ("chrF", 1.2, (0.4, 2), 0.003, "B is better than A in chrF by 1.2 (95% interval 0.4 to 2, p = 0.003 after Holm)"),
-    ("chrF", -1.2, (-2, -0.4), 0.003, "B is worse than A in chrF by 1.2 (95% interval 0.4 to 2, p = 0.003 after Holm)"),
-    ("NLL", -0.05, (-0.08, -0.02), 0.0002, "B is better than A in NLL by 0.05 (95% interval 0.02 to 0.08, p < 0.001 after Holm)"),
-    ("NLL", 0.05, (0.02, 0.08), 0.049, "B is worse than A in NLL by 0.05 (95% interval 0.02 to 0.08, p = 0.049 after Holm)"),
+    ("chrF", 1.2, (0.4, 2), 0.003,
+     "B is better than A in chrF by 1.2 (95% interval 0.4 to 2, p = 0.003 after Holm)"),
+    ("chrF", -1.2, (-2, -0.4), 0.003,
+     "B is worse than A in chrF by 1.2 (95% interval 0.4 to 2, p = 0.003 after Holm)"),
+    ("NLL", -0.05, (-0.08, -0.02), 0.0002,
+     "B is better than A in NLL by 0.05 (95% interval 0.02 to 0.08, p < 0.001 after Holm)"),
+    ("NLL", 0.05, (0.02, 0.08), 0.049,
+     "B is worse than A in NLL by 0.05 (95% interval 0.02 to 0.08, p = 0.049 after Holm)"),
     ("NLL", 0.05, (0.01, 0.09), 0.051,
-     "B and A are not distinguishable in NLL (difference 0.05, 95% interval 0.01 to 0.09, p = 0.051 after Holm)"),
+     "B and A are not distinguishable in NLL "
+     "(difference 0.05, 95% interval 0.01 to 0.09, p = 0.051 after Holm)"),
     ("words", 5, (2, 8), 0.01, "B is higher than A in words by 5 (95% interval 2 to 8, p = 0.01 after Holm)"),
-    ("urgent", -0.1, (-0.2, -0.05), 0.01, "B is lower than A in urgent by 0.1 (95% interval 0.05 to 0.2, p = 0.01 after Holm)"),
+    ("urgent", -0.1, (-0.2, -0.05), 0.01,
+     "B is lower than A in urgent by 0.1 (95% interval 0.05 to 0.2, p = 0.01 after Holm)"),
     ("chrF", 0.1, (-0.3, 0.5), 0.61,
-     "B and A are not distinguishable in chrF (difference 0.1, 95% interval -0.3 to 0.5, p = 0.61 after Holm)"),
-    ("chrF", 0.1, (math.nan, math.nan), math.nan, f"B and A are not compared in chrF: fewer than {compare.FEWEST_ROWS} rows"),
+     "B and A are not distinguishable in chrF "
+     "(difference 0.1, 95% interval -0.3 to 0.5, p = 0.61 after Holm)"),
+    ("chrF", 0.1, (math.nan, math.nan), math.nan,
+     f"B and A are not compared in chrF: fewer than {compare.FEWEST_ROWS} rows"),
 ])
 def test_sentence(score, difference, interval, p, expected):
     assert compare.sentence("A", "B", score, difference, interval, p) == expected
 
 
 def test_sentence_names_the_group():
-    assert "better than A in chrF (critical) by 1.2" in compare.sentence("A", "B", "chrF", 1.2, (0.4, 2), 0.003, group="critical")
+    sentence = compare.sentence("A", "B", "chrF", 1.2, (0.4, 2), 0.003, group="critical")
+    assert "better than A in chrF (critical) by 1.2" in sentence
     assert "chrF (critical)" in compare.sentence("A", "B", "chrF", 0, (-1, 1), 0.9, group="critical")

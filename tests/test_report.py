@@ -17,12 +17,13 @@ from sevloss.severity import CLASSES
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.jsonl"
 TABLE = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
 RUNS = {"runs/plain": ("none", 0), "runs/balanced-0": ("balanced", 0), "runs/balanced-1": ("balanced", 1)}
-PROTOCOL = {"table": "data/sample.jsonl", "rows": 31, "fingerprint": "0123", "recipe": "default", "max_new_tokens": 64,
-            "max_length": 512, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+PROTOCOL = {"table": "data/sample.jsonl", "rows": 31, "fingerprint": "0123", "recipe": "default",
+            "max_new_tokens": 64, "max_length": 512, "temperature": 0.0, "top_p": 1.0, "seed": 0}
 
 
 def make_answers(name, run, count, **columns):
-    """Of `count` rows of the sample, the answer to each the beginning of another row's; random likelihoods."""
+    """Of `count` rows of the sample, the answer to each the beginning of another row's; random
+    likelihoods."""
     random = np.random.default_rng(len(name))
     shift = 1 + list(RUNS).index(name) if name in RUNS else 1
     rows = []
@@ -40,14 +41,16 @@ def make_answers(name, run, count, **columns):
 
 
 def make_evaluation(runs=RUNS, count=31, bertscore=True, **columns):
-    """Of settings runs/plain and runs/balanced, the latter with two seeds; what their folders would tell is made up."""
+    """Of settings runs/plain and runs/balanced, the latter with two seeds; what their folders would tell is
+    made up."""
     answers = []
     for name, (weighting, seed) in runs.items():
         arguments = {"ckpt": "tiny", "weighting": weighting, "seed": seed}
         answers.append(make_answers(name, {"arguments": arguments}, count, **columns))
     random = np.random.default_rng(1)
     f1 = {name: random.normal(0.66, 0.03, count) for name in runs}
-    evaluation = findings.evaluate(answers, f1 if bertscore else {}, ["12 of 31 references were cut to 512 tokens."])
+    evaluation = findings.evaluate(answers, f1 if bertscore else {},
+                                   ["12 of 31 references were cut to 512 tokens."])
     for name, (weighting, _) in runs.items():
         spread = 1e-6 if weighting == "none" else 0.8
         evaluation.runs[name] = RunRecord(
@@ -88,13 +91,13 @@ def shown_rows(text):
     return [int(part.removeprefix("row ")) for part in parts if part.startswith("row ")]
 
 
-# --- the page --------------------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------------------------------
 
 def test_page_needs_nothing(written):
     folder, text = written
     assert_needs_nothing(text, [folder / name for name in ("scores.png", "training.png", "weights.png")])
-    assert {path.name for path in folder.iterdir()} == {"generations.jsonl", "report.html", "scores.jsonl", "scores.png",
-                                                        "training.png", "weights.png"}
+    assert {path.name for path in folder.iterdir()} == {"generations.jsonl", "report.html", "scores.jsonl",
+                                                        "scores.png", "training.png", "weights.png"}
 
 
 def test_links_of_the_page_lead_to_its_sections(written):
@@ -105,7 +108,8 @@ def test_links_of_the_page_lead_to_its_sections(written):
 
 def test_arabic_runs_right_to_left(written, evaluation):
     """Every complaint, reference and answer."""
-    texts = {text for a in evaluation.answers for row in a.rows for text in (row.complaint, row.reference, row.answer)}
+    texts = {text for a in evaluation.answers for row in a.rows
+             for text in (row.complaint, row.reference, row.answer)}
     arabic = Page(written[1]).arabic
     assert {text for text, _ in arabic} == texts and all(right_to_left for _, right_to_left in arabic)
     assert len(arabic) == 31 * (2 + 3)
@@ -115,14 +119,16 @@ def test_texts_are_not_markup(page_of):
     """Of the table, the models, the notes and file names; and they are still shown as they are."""
     hostile = "<script>alert(1)</script> & </div>\n\n{{ 7 * 7 }} <b>\" onload='x'"
     runs = {hostile: ("none", 0), "runs/b": ("mild", 0)}
-    evaluation = make_evaluation(runs, 25, complaint=hostile, reference=hostile, answer=hostile, specialty=hostile)
+    evaluation = make_evaluation(runs, 25, complaint=hostile, reference=hostile, answer=hostile,
+                                 specialty=hostile)
     evaluation.notes.append(hostile)
     evaluation.protocol["table"] = hostile
     text = page_of(evaluation)
     page = Page(text)
     assert "<script" not in text and "<b>" not in text and "{{ 7 * 7 }}" in text
-    assert {tag for tag, _ in page.tags} <= set("html head meta title style body h1 p nav a h2 div table tr th td "
-                                                "details summary ul li article h3 h4 span".split())
+    tags = {tag for tag, _ in page.tags}
+    assert tags <= set("html head meta title style body h1 p nav a h2 div table tr th td details summary ul li "
+                       "article h3 h4 span".split())
     assert page.arabic.count((hostile, True)) == 25 * 4
     shown = " ".join(hostile.split())
     assert shown in page.texts  # a note
@@ -173,17 +179,18 @@ def test_comparisons(written, evaluation, page_of):
     assert len(of_all) <= report.MOST_SENTENCES and all(c.sentence in page.texts for c in of_all)
     (_, *rows), = page.tables["Comparisons"]
     others = [c for c in evaluation.comparisons if c.group != "all"]
-    assert [row[:3] for row in rows] == [
-        ["runs/balanced − runs/plain", c.score + (" ↓" if c.score in ("NLL", "empty", "unfinished", "repetitive",
-                                                                     "repeats complaint") else ""), c.group]
-        for c in others]
+    lower = ("NLL", "empty", "unfinished", "repetitive", "repeats complaint")
+    names = [c.score + " ↓" * (c.score in lower) for c in others]
+    assert [row[:3] for row in rows] == [["runs/balanced − runs/plain", name, c.group]
+                                         for name, c in zip(names, others)]
     assert [float(row[3]) for row in rows] == pytest.approx([c.difference for c in others], rel=0.01)
     assert [row[-1] for row in rows] == ["<0.001" if c.p_holm < 0.001 else f"{c.p_holm:.3f}" for c in others]
 
     four = {f"runs/{name}": (name, 0) for name in ("none", "mild", "balanced", "strong")}
     page = Page(page_of(make_evaluation(four, 20)))
     (_, *rows), = page.tables["Comparisons"]
-    assert not any("not distinguishable" in text for text in page.texts) and {row[2] for row in rows} > {"all"}
+    assert not any("not distinguishable" in text for text in page.texts)
+    assert {row[2] for row in rows} > {"all"}
 
 
 def test_a_comparison_that_was_not_possible_is_a_dash(page_of):
@@ -201,11 +208,12 @@ def test_long_tables_are_folded(count, details, page_of):
     assert folded.count("<details>") == folded.count(f"table of {count} lines") == details
 
 
-# --- answers ---------------------------------------------------------------------------------------------------
+# --- answers ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("by", ["BERTScore F1", "chrF"])
 def test_largest_differences_first(by, page_of):
-    """Between the means of the two settings over their runs, in the first score that is there; unscored rows last."""
+    """Between the means of the two settings over their runs, in the first score that is there; unscored rows
+    last."""
     evaluation = make_evaluation(count=9, bertscore=by == "BERTScore F1")
     sizes = np.array([i * 4 % 9 for i in range(9)])
     plain, first, second = (evaluation.row_scores[run] for run in RUNS)
@@ -260,7 +268,8 @@ def test_lines_of_rows(tmp_path, page_of):
     names = [None if row.severity is None else CLASSES[row.severity] for row in evaluation.answers[0].rows]
     for i, (line, row) in enumerate(zip(generations, evaluation.answers[0].rows, strict=True)):
         answers = {a.name: a.rows[i].answer for a in evaluation.answers}
-        assert line == {"row": row.row, "severity": names[i], "complaint": row.complaint, "reference": row.reference,
+        assert line == {"row": row.row, "severity": names[i], "complaint": row.complaint,
+                        "reference": row.reference,
                         "answers": answers}
     assert [(s["row"], s["run"], s["severity"]) for s in scores] == [
         (100 + i, run, names[i]) for i, run in product(range(5), RUNS)]
@@ -269,7 +278,7 @@ def test_lines_of_rows(tmp_path, page_of):
     assert "severity unknown" in text
 
 
-# --- what is known of the runs ---------------------------------------------------------------------------------
+# --- what is known of the runs ------------------------------------------------------------------------------
 
 def test_one_run_and_little_known(tmp_path):
     """A plain checkpoint: no comparison, classes, specialties, curves, weights."""
@@ -278,7 +287,8 @@ def test_one_run_and_little_known(tmp_path):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert Page(text).sections == ["Scores", "Answers"]
     assert shown_rows(text) == [100, 101, 102, 103, 104] and "come first" not in text
-    assert "None" not in text and "nan" not in text.lower() and "<img" not in text and "p(critical)" not in text
+    assert "None" not in text and "nan" not in text.lower() and "<img" not in text
+    assert "p(critical)" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"generations.jsonl", "report.html", "scores.jsonl"}
 
 
@@ -286,26 +296,29 @@ def test_sampling_is_told(page_of):
     evaluation = make_evaluation(count=3)
     evaluation.protocol |= {"temperature": 0.7, "top_p": 0.9, "seed": 4}
     introduction = Page(page_of(evaluation)).texts
-    assert ("3 test rows of data/sample.jsonl. Answers have at most 64 tokens, sampled at temperature 0.7, top-p 0.9, "
-            "seed 4. Recipe: default. Prompt and response together have at most 512 tokens. Evaluated: runs/plain; "
-            "runs/balanced (runs/balanced-0, runs/balanced-1).") in introduction
+    assert ("3 test rows of data/sample.jsonl. Answers have at most 64 tokens, sampled at temperature 0.7, "
+            "top-p 0.9, seed 4. Recipe: default. Prompt and response together have at most 512 tokens. "
+            "Evaluated: runs/plain; runs/balanced (runs/balanced-0, runs/balanced-1).") in introduction
 
 
 def test_pictures_show_what_is_given(evaluation):
-    """Points at the means, lines as long as the intervals; the loss as a mean over the last steps; a line at w = 1
-    for a plain run."""
+    """Points at the means, lines as long as the intervals; the loss as a mean over the last steps; a line at
+    w = 1 for a plain run."""
     axes = report.draw_scores(evaluation).axes
     assert [a.get_title() for a in axes] == ["NLL ↓", "BERTScore F1", "chrF", "urgent"]
     groups = [group for group in evaluation.groups if not group.startswith("specialty")]
-    means = [evaluation.means[s, "BERTScore F1", group] for s, group in product(("runs/plain", "runs/balanced"), groups)]
+    means = [evaluation.means[s, "BERTScore F1", group]
+             for s, group in product(("runs/plain", "runs/balanced"), groups)]
     assert [y for line in axes[1].lines for y in line.get_ydata()] == [m.mean for m in means]
     segments = [segment for c in axes[1].collections for segment in c.get_segments() if len(segment)]
     expected = [(m.low, m.high) for m in means if not math.isnan(m.low)]
-    assert [segment[:, 1].tolist() for segment in segments] == [pytest.approx(interval) for interval in expected]
+    assert [segment[:, 1].tolist() for segment in segments] == [pytest.approx(interval)
+                                                                for interval in expected]
     training, validation = report.draw_training(evaluation).axes
     steps, losses = training.lines[0].get_data()
     record = evaluation.runs["runs/plain"]
-    assert steps[0] == 10 and losses[0] == pytest.approx(np.mean([line["loss"] for line in record.metrics[:10]]))
+    assert steps[0] == 10
+    assert losses[0] == pytest.approx(np.mean([line["loss"] for line in record.metrics[:10]]))
     assert validation.lines[0].get_xydata().tolist() == record.validation
     weights = report.draw_weights(evaluation).axes[0]
     assert weights.lines[0].get_xdata() == pytest.approx([1, 1], abs=1e-5)

@@ -1,4 +1,5 @@
-"""Likelihood of responses against a loop over examples; scores of answers against plain versions and by hand; means of scores."""
+"""Likelihood of responses against a loop over examples; scores of answers against plain versions and by hand;
+means of scores."""
 
 import json
 import math
@@ -21,7 +22,8 @@ CPU = device.choose("cpu", "fp32")
 
 @pytest.fixture
 def examples(rows, tiny):
-    pairs = [tables.Pair(i, row["Question"], row["Answer"], None, None, "", {}) for i, row in enumerate(rows[:20])]
+    pairs = [tables.Pair(i, row["Question"], row["Answer"], None, None, "", {})
+             for i, row in enumerate(rows[:20])]
     return data.encode_pairs(pairs, tiny[1], max_length=512, eos_id=0, preprocess="none")[0]
 
 
@@ -79,7 +81,7 @@ def test_perplexity_is_of_all_tokens_together():
     assert math.isnan(scores.per_token(torch.tensor([]), np.array([]))["nll"])
 
 
-# --- means ----------------------------------------------------------------------------------------------------------------
+# --- means --------------------------------------------------------------------------------------------------
 
 def test_groups_of_rows():
     groups = scores.row_groups([2, 0, None], critical=[0.5, 0.25, 0.0])
@@ -95,18 +97,22 @@ def test_score_refuses_values_that_are_not_per_row():
         scores.Score("chrF", np.zeros((3, 3)))
 
 
-# --- answers --------------------------------------------------------------------------------------------------------------
+# --- answers ------------------------------------------------------------------------------------------------
 
 def test_answer_scores_are_one_value_per_row():
     answers = ["اذهب إلى الطوارئ", " …", "عندي صداع شديد منذ أسبوع كامل"]
     complaints = ["ألم في الصدر", "سعال", "عندي صداع شديد منذ أسبوع كامل"]
     unfinished = np.array([False, True, False])
-    by_name = {score.name: score for score in scores.answer_scores(complaints, answers, ["الى الطوارئ"] * 3, unfinished)}
-    assert {name: score.values.tolist() for name, score in by_name.items() if name not in ("chrF", "BLEU", "ROUGE-L")} == {
-        "words": [3, 0, 6], "empty": [0, 1, 0], "unfinished": [0, 1, 0], "repetitive": [0, 0, 0], "repeats complaint": [0, 0, 1],
+    by_name = {score.name: score for score in scores.answer_scores(complaints, answers, ["الى الطوارئ"] * 3,
+                                                                   unfinished)}
+    assert {name: score.values.tolist() for name, score in by_name.items()
+            if name not in ("chrF", "BLEU", "ROUGE-L")} == {
+        "words": [3, 0, 6], "empty": [0, 1, 0], "unfinished": [0, 1, 0], "repetitive": [0, 0, 0],
+                "repeats complaint": [0, 0, 1],
         "urgent": [1, 0, 0]}
     assert all(score.values.shape == (3,) and score.values.dtype == np.float64 for score in by_name.values())
-    assert set(scores.LOWER_IS_BETTER + scores.NEITHER_IS_BETTER) - set(by_name) == {"NLL", "perplexity"}  # no name misspelt
+    assert set(scores.LOWER_IS_BETTER + scores.NEITHER_IS_BETTER) - set(by_name) == {"NLL",
+                                                                                     "perplexity"}
 
 
 @pytest.mark.parametrize("text", ["راجع الطبيب غدًا، ولا تقلق", "نعم"])
@@ -123,21 +129,24 @@ def test_unrelated_and_empty_text_scores_nothing():
 
 
 def test_bleu_splits_at_arabic_punctuation():
-    """The last word is the same with and without a question mark: 4 of 5, 3 of 4, 2 of 3 and 1 of 2 n-grams."""
+    """The last word is the same with and without a question mark: 4 of 5, 3 of 4, 2 of 3 and 1 of 2
+    n-grams."""
     expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
     assert scores.bleu(["راجع طبيبك غدا صباحا؟"], ["راجع طبيبك غدا صباحا"]) == pytest.approx([expected])
 
 
 def test_words():
     """Diacritics, tatweel, case and punctuation do not count; the forms of alef do."""
-    assert scores.words("خُذْ حبّةً، (2.5 MG) كـــل ٨ ساعات؟") == ["خذ", "حبة", "2", "5", "mg", "كل", "٨", "ساعات"]
+    assert scores.words("خُذْ حبّةً، (2.5 MG) كـــل ٨ ساعات؟") == ["خذ", "حبة", "2", "5", "mg", "كل", "٨",
+                                                                   "ساعات"]
     assert scores.words("أإا ىي ةه") == ["أإا", "ىي", "ةه"]
     assert scores.words("؟! …") == []
 
 
 def test_rouge_l_by_hand():
     """Longest common subsequence: راجع الطبيب غدا, 3 of 4 and of 5 words."""
-    assert scores.rouge_l(["راجع الطبيب المختص غدا"], ["راجع أنت الطبيب، غدًا صباحا"]) == pytest.approx([2 * 3 / (4 + 5)])
+    assert scores.rouge_l(["راجع الطبيب المختص غدا"],
+                          ["راجع أنت الطبيب، غدًا صباحا"]) == pytest.approx([2 * 3 / (4 + 5)])
 
 
 def test_longest_common_subsequence_against_the_table():
@@ -147,7 +156,8 @@ def test_longest_common_subsequence_against_the_table():
         table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
         for i in range(len(a)):
             for j in range(len(b)):
-                table[i + 1][j + 1] = table[i][j] + 1 if a[i] == b[j] else max(table[i][j + 1], table[i + 1][j])
+                table[i + 1][j + 1] = table[i][j] + 1 if a[i] == b[j] else max(table[i][j + 1],
+                                                                               table[i + 1][j])
         assert scores.longest_common_subsequence(a, b) == table[-1][-1]
 
 
@@ -172,21 +182,28 @@ def test_repetitive(text, expected):
 ])
 def test_repeats_complaint(text, expected):
     """More than half of the words in stretches of five; a short mention is no repetition."""
-    assert scores.repeats_complaint(text, "السلام عليكم، أعاني من ألم شديد في الركبة اليمنى منذ شهر") == expected
+    assert scores.repeats_complaint(text,
+                                    "السلام عليكم، أعاني من ألم شديد في الركبة اليمنى منذ شهر") == expected
 
 
 URGENT = {
-    "msa": ["توجّه إلى قسم الطوارئ", "اذهب فورًا إلى المستشفى", "توجه حالًا", "راجع الطبيب في أسرع وقت", "اتصل بالإسعاف", "اتصل على الرقم ٩٩٧",
-            "إذا زاد الألم فاذهب إلى الطوارئ", "لا تتردد في الذهاب إلى الطوارئ", "لا داعي للانتظار، اذهب إلى الطوارئ", "الطوارىء",
+    "msa": ["توجّه إلى قسم الطوارئ", "اذهب فورًا إلى المستشفى", "توجه حالًا", "راجع الطبيب في أسرع وقت",
+            "اتصل بالإسعاف", "اتصل على الرقم ٩٩٧",
+            "إذا زاد الألم فاذهب إلى الطوارئ", "لا تتردد في الذهاب إلى الطوارئ",
+            "لا داعي للانتظار، اذهب إلى الطوارئ", "الطوارىء",
             "الــطـوارئ", "اتصلوا بـ911", "اذهب إلى أقرب مستشفى"],
-    "egyptian": ["روح الطوارئ دلوقتي", "كلّمي الإسعاف", "لا لازم تروح الطوارئ", "انزلوا بيه لأقرب مستشفى", "اتصل ب123"],
+    "egyptian": ["روح الطوارئ دلوقتي", "كلّمي الإسعاف", "لا لازم تروح الطوارئ", "انزلوا بيه لأقرب مستشفى",
+                 "اتصل ب123"],
     "gulf": ["وديه المستشفى الحين", "لطوارئ العيون"],
     "levantine": ["عالطوارئ هلق", "روح ع الإسعاف", "خدوه عالمستشفى هلق"],
     "maghrebi": ["سير للمستعجلات دابا", "روح للاستعجالات", "عيطو للحماية المدنية"],
 }
-NOT_URGENT = ["لا داعي للطوارئ", "ما في داعي تروح عالطوارئ", "مش محتاج طوارئ", "الحالة لا تستدعي الذهاب إلى الطوارئ", "ليست حالة طوارئ",
-              "ماتحتاجش طوارئ", "مو لازم طوارئ", "استعمل حقنة الطوارئ", "دورة في الإسعاف الأولي", "صندوق الإسعافات الأولية",
-              "راجع طبيب الجلدية خلال أسبوع", "اذهب إلى المستشفى لعمل أشعة", "أوقف الدواء فورًا", "خذ ٩١١ ملغ", ""]
+NOT_URGENT = ["لا داعي للطوارئ", "ما في داعي تروح عالطوارئ", "مش محتاج طوارئ",
+              "الحالة لا تستدعي الذهاب إلى الطوارئ", "ليست حالة طوارئ",
+              "ماتحتاجش طوارئ", "مو لازم طوارئ", "استعمل حقنة الطوارئ", "دورة في الإسعاف الأولي",
+              "صندوق الإسعافات الأولية",
+              "راجع طبيب الجلدية خلال أسبوع", "اذهب إلى المستشفى لعمل أشعة", "أوقف الدواء فورًا",
+              "خذ ٩١١ ملغ", ""]
 
 
 @pytest.mark.parametrize("text", sum(URGENT.values(), []))
