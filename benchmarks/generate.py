@@ -24,8 +24,10 @@ from sevloss.models import from_scratch, load_model, save_model
 def padded_generate(model, prompts, new_tokens, eos_ids):
     """Left-padded, as its documentation says; the new ids of each row without the EOS."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts],
+                       device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts],
+                        device=model.device)
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
                          eos_token_id=list(eos_ids), pad_token_id=0)
     answers = []

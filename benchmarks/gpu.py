@@ -2,10 +2,11 @@
 
     python benchmarks/gpu.py [--dtype bf16|fp16|fp32] [--examples 32] [--steps 20] [--device cuda]
 
-GPT-2's base shape with 64,000 words and the shape of Qwen2.5-0.5B, random weights, no dropout. Texts are random tokens,
-their lengths those of the pairs in --data. Both sides run on the same device, in turns; the losses must agree to 1%
-(fp32: 1e-3). The step of `transformers` pads to the longest row of the batch and forms all logits. Times include all
-that the device has to do (torch.cuda.synchronize); memory is CUDA's peak allocation.
+GPT-2's base shape with 64,000 words and the shape of Qwen2.5-0.5B, random weights, no dropout. Texts are
+random tokens, their lengths those of the pairs in --data. Both sides run on the same device, in turns; the
+losses must agree to 1% (fp32: 1e-3). The step of `transformers` pads to the longest row of the batch and
+forms all logits. Times include all that the device has to do (torch.cuda.synchronize); memory is CUDA's peak
+allocation.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,7 +36,8 @@ WARM_UP = 2  # rounds that are not timed
 
 
 def measure(sides, rounds, compute):
-    """{name: function of the round} -> ({name: seconds of each timed round}, {name: peak bytes}, {name: last result})"""
+    """{name: function of the round} -> ({name: seconds of each timed round}, {name: peak bytes}, {name: last
+    result})"""
     seconds = {name: [] for name in sides}
     peaks = dict.fromkeys(sides, 0)
     results = {}
@@ -56,13 +59,18 @@ def measure(sides, rounds, compute):
 
 def report(work, seconds, peaks):
     for name, values in seconds.items():
-        print(f"  {name:13} {1000 * statistics.median(values):8.1f} ms, peak {peaks[name] / 2 ** 30:5.2f} GiB")
-    memory = f", {peaks['sevloss'] / peaks['transformers']:.2f} of the peak memory" if peaks["transformers"] else ""
-    print_row(work, "`transformers`", f"{ratio(seconds['transformers'], seconds['sevloss'])} times as fast{memory}")
+        milliseconds = 1000 * statistics.median(values)
+        print(f"  {name:13} {milliseconds:8.1f} ms, peak {peaks[name] / 2 ** 30:5.2f} GiB")
+    memory = ""
+    if peaks["transformers"]:
+        memory = f", {peaks['sevloss'] / peaks['transformers']:.2f} of the peak memory"
+    print_row(work, "`transformers`",
+              f"{ratio(seconds['transformers'], seconds['sevloss'])} times as fast{memory}")
 
 
 def make_examples(args, vocabulary):
-    """data.Examples of random tokens, as long as the pairs of --data are in the words of a tokenizer trained on them."""
+    """data.Examples of random tokens, as long as the pairs of --data are in the words of a tokenizer trained
+    on them."""
     pairs = tables.read_pairs(args.data, needed=("complaint", "response"))
     texts = [text for pair in pairs for text in (data.PROMPT.format(complaint=pair.complaint), pair.response)]
     _, tokenizer = tiny_gpt2(texts, vocab_size=8000)
@@ -124,7 +132,8 @@ def loss_sides(compute, rows, width, vocabulary):
 
     def ours(turn):
         hidden.grad = head.grad = None
-        linear_weighted_token_ce(hidden, head, targets, weights, denominator=rows, ignore_index=None).backward()
+        linear_weighted_token_ce(hidden, head, targets, weights, denominator=rows,
+                                 ignore_index=None).backward()
 
     def plain(turn):
         hidden.grad = head.grad = None
@@ -133,8 +142,17 @@ def loss_sides(compute, rows, width, vocabulary):
     return {"sevloss": ours, "transformers": plain}
 
 
+def answer(model, prompts, new_tokens, eos_ids, turn):
+    return generate(model, prompts, max_new_tokens=new_tokens, eos_ids=tuple(eos_ids))
+
+
+def padded_answer(model, prompts, new_tokens, eos_ids, turn):
+    return padded_generate(model, prompts, new_tokens, eos_ids)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=tables.SAMPLE)
     parser.add_argument("--dtype", choices=("auto", *device.DTYPES), default="auto")
     parser.add_argument("--device", default="cuda")
@@ -162,25 +180,27 @@ def main():
 
             # a fine-tuning step: weights in fp32, products in --dtype
             ours = load_model(folder, device=compute.device).train()
-            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(compute.device).train()
+            theirs = AutoModelForCausalLM.from_pretrained(folder,
+                                                          dtype=torch.float32).to(compute.device).train()
             sides = {"sevloss": our_step(ours, compute, examples, order, args.examples),
                      "transformers": their_step(theirs, compute, examples, order, args.examples)}
             first = {side: step(0) for side, step in sides.items()}
-            if abs(first["sevloss"] / first["transformers"] - 1) > (1e-3 if compute.dtype == torch.float32 else 1e-2):
+            if abs(first["sevloss"] / first["transformers"] - 1) > (1e-3 if compute.dtype == torch.float32
+                                                                    else 1e-2):
                 sys.exit(f"the losses of the first step differ: {first}")
             seconds, peaks, _ = measure(sides, args.steps, compute)
             report(f"step, {shape}, {args.examples} pairs", seconds, peaks)
-            del ours, theirs, sides
+            del ours, theirs, sides  # before the next ones take the memory
 
             # decoding, weights in --dtype
             ours = load_model(folder, dtype=compute.dtype, device=compute.device)
-            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=compute.dtype).to(compute.device).eval()
+            theirs = AutoModelForCausalLM.from_pretrained(folder,
+                                                          dtype=compute.dtype).to(compute.device).eval()
         lengths = np.linspace(20, 150, args.prompts).astype(int)
         prompts = [torch.randint(1, vocabulary, (length,)).tolist() for length in lengths]
         eos_ids = choose_eos_ids(generate(ours, prompts, max_new_tokens=args.new_tokens), args.new_tokens)
-        sides = {
-            "sevloss": lambda turn: generate(ours, prompts, max_new_tokens=args.new_tokens, eos_ids=tuple(eos_ids)),
-            "transformers": lambda turn: padded_generate(theirs, prompts, args.new_tokens, eos_ids)}
+        sides = {"sevloss": partial(answer, ours, prompts, args.new_tokens, eos_ids),
+                 "transformers": partial(padded_answer, theirs, prompts, args.new_tokens, eos_ids)}
         seconds, peaks, answers = measure(sides, 3, compute)
         same = sum(a == b for a, b in zip(*answers.values()))
         print(f"  {same} of {args.prompts} answers are the same")

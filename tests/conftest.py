@@ -1,4 +1,5 @@
-"""What several test files share: where the golden checkpoints lie, and copies of them to change; small tables and models."""
+"""What several test files share: where the golden checkpoints lie, and copies of them to change; small tables
+and models."""
 
 import csv
 import json
@@ -22,7 +23,8 @@ torch.set_num_threads(1)  # models this small gain nothing from more, and on a b
 
 
 def pytest_runtest_setup(item):
-    """Skips a test marked @pytest.mark.peers("transformers", ...) where one of these packages is not installed."""
+    """Skips a test marked @pytest.mark.peers("transformers", ...) where one of these packages is not
+    installed."""
     packages = [package for marker in item.iter_markers("peers") for package in marker.args]
     if missing := [package for package in packages if not find_spec(package)]:
         pytest.skip(f"needs {', '.join(missing)}: pip install -r requirements-dev.txt")
@@ -42,7 +44,8 @@ def edited(tmp_path):
     def edit(family, tensors=None, **config):
         folder = tmp_path / "checkpoint"
         shutil.copytree(GOLDEN / family, folder)
-        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text())
+                                                       | config))
         if tensors:
             save_file(tensors(load_file(folder / "model.safetensors")), folder / "model.safetensors")
         return folder
@@ -84,18 +87,21 @@ def rows():
         severity = list(SYMPTOMS)[i % 3]
         words = random.sample(SYMPTOMS[severity].split(), 3)
         answer = " ".join(f"علاج ال{word}." for word in words[:1 + i % 3])
-        rows.append({"Question": f"عندي {' و'.join(words)} منذ {i} يوم، ما الحل؟", "Answer": answer, "Severity": severity,
+        rows.append({"Question": f"عندي {' و'.join(words)} منذ {i} يوم، ما الحل؟", "Answer": answer,
+                     "Severity": severity,
                      **{name.title(): 0.8 if name == severity else 0.1 for name in SYMPTOMS}})
     return rows
 
 
 @pytest.fixture
 def write_table(tmp_path):
-    """write_table("name.csv", rows) -> path of a .jsonl, .csv, .tsv or .xlsx file in tmp_path; rows are dicts with the same keys."""
+    """write_table("name.csv", rows) -> path of a .jsonl, .csv, .tsv or .xlsx file in tmp_path; rows are dicts
+    with the same keys."""
     def write(name, rows):
         path = tmp_path / name
         if path.suffix == ".jsonl":
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                            encoding="utf-8")
         elif path.suffix == ".xlsx":
             write_xlsx(path, [list(rows[0]), *(row.values() for row in rows)])
         else:
@@ -121,10 +127,12 @@ def write_xlsx(path, rows):
                 f'<Relationship Id="r" Type="{office}/{kind}" Target="{target}"/></Relationships>')
     sheet = "".join(f'<row r="{i}">{"".join(map(cell, row))}</row>' for i, row in enumerate(rows, 1))
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("[Content_Types].xml", '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"/>')
+        file.writestr("[Content_Types].xml",
+                      '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"/>')
         file.writestr("_rels/.rels", relation("officeDocument", "xl/workbook.xml"))
         file.writestr("xl/_rels/workbook.xml.rels", relation("worksheet", "sheet.xml"))
-        file.writestr("xl/workbook.xml", f'<workbook {main} xmlns:r="{office}"><sheets><sheet name="a" sheetId="1" r:id="r"/></sheets>'
+        file.writestr("xl/workbook.xml",
+                      f'<workbook {main} xmlns:r="{office}"><sheets><sheet name="a" sheetId="1" r:id="r"/></sheets>'
                                          "</workbook>")
         file.writestr("xl/sheet.xml", f"<worksheet {main}><sheetData>{sheet}</sheetData></worksheet>")
 
@@ -133,9 +141,11 @@ def write_xlsx(path, rows):
 
 @pytest.fixture(scope="session")
 def tiny(rows):
-    """(GPT-2, tokenizer). Its random weights are enlarged, so that it is sure of what it says and different texts get different answers."""
+    """(GPT-2, tokenizer). Its random weights are enlarged, so that it is sure of what it says and different
+    texts get different answers."""
     torch.manual_seed(0)
-    model, tokenizer = tiny_gpt2([data.PROMPT.format(complaint=row["Question"]) + row["Answer"] for row in rows], vocab_size=400)
+    model, tokenizer = tiny_gpt2([data.PROMPT.format(complaint=row["Question"]) + row["Answer"]
+                                  for row in rows], vocab_size=400)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -25,7 +25,8 @@ DEVICE = "cuda"
 BOUNDS = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
 LENGTHS = [3, 9, 9, 21, 40]
 COMMON = dict(vocab_size=517, eos_token_id=0)  # no multiple of 8, as in GPT-2
-GPT2 = dict(COMMON, n_positions=64, n_embd=64, n_layer=2, n_head=4, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+GPT2 = dict(COMMON, n_positions=64, n_embd=64, n_layer=2, n_head=4, embd_pdrop=0.0, attn_pdrop=0.0,
+            resid_pdrop=0.0)
 LLAMA = dict(COMMON, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2)
 BERT = dict(vocab_size=517, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
@@ -40,7 +41,8 @@ CAUSAL = {
     "qwen2 with a window": dict(LLAMA, model_type="qwen2", use_sliding_window=True, sliding_window=8,
                                 max_window_layers=1),
     "qwen3": dict(LLAMA, model_type="qwen3", head_dim=32),
-    "lfm2": dict(LLAMA, model_type="lfm2", num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"]),
+    "lfm2": dict(LLAMA, model_type="lfm2", num_hidden_layers=3,
+                 layer_types=["conv", "full_attention", "conv"]),
 }
 ENCODERS = {
     "bert": dict(BERT, model_type="bert", pooler=True, pooling="first"),
@@ -150,7 +152,8 @@ def test_training_step_with_lora(name, compute):
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_greedy_answers(name, compute):
-    """fp32: the same tokens. In 16 bits near ties may fall otherwise: each token is nearly the likeliest on the CPU."""
+    """fp32: the same tokens. In 16 bits near ties may fall otherwise: each token is nearly the likeliest on
+    the CPU."""
     on_cpu, on_cuda = two_models(CAUSAL[name])
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
     with compute.autocast():
@@ -161,7 +164,9 @@ def test_greedy_answers(name, compute):
         ids = prompt + answer
         with torch.no_grad():
             logits = F.linear(on_cpu(torch.tensor(ids), [len(ids)]), on_cpu.head_weight)[len(prompt) - 1:-1]
-        behind = logits.max(-1).values - logits.gather(-1, torch.tensor(answer, dtype=torch.long)[:, None]).squeeze(-1)
+        behind = logits.max(-1).values - logits.gather(-1,
+                                                       torch.tensor(answer, dtype=torch.long)[:,
+                                                                                              None]).squeeze(-1)
         assert (behind < 0.1 * logits.std(-1)).all()
 
 
@@ -220,7 +225,8 @@ def test_evaluation_and_batches(compute):
     texts = {"a": [1, 2, 3], "b": [4, 5, 6, 7]}
     counts = dict.fromkeys(texts, 1)
     with torch.no_grad():
-        expected = Scorer(on_cpu, None, 2, device.Compute(torch.device("cpu"), torch.float32, ""))._unit_vectors(
+        expected = Scorer(on_cpu, None, 2, device.Compute(torch.device("cpu"), torch.float32,
+                                                          ""))._unit_vectors(
             counts, texts, None)
         found = Scorer(on_cuda, None, 2, compute)._unit_vectors(counts, texts, None)
     for text in texts:

@@ -1,4 +1,5 @@
-"""Splits, fingerprints, token ids, the encoded table, batches: what is cut, and where the supervised tokens lie."""
+"""Splits, fingerprints, token ids, the encoded table, batches: what is cut, and where the supervised tokens
+lie."""
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ def test_hash_is_the_one_that_runs_were_made_with():
     assert data.complaint_id("عندي صداع") == "59253d42ffbf65d0"
 
 
-SAME = ["عندي صداع، منذ يومين؟", "عِنْدِي صُدَاعٌ منذ يومين", "  عندي\nصـــداع   منذ\tيومين!!", "عندي \u200fصداع. منذ يومين…"]
+SAME = ["عندي صداع، منذ يومين؟", "عِنْدِي صُدَاعٌ منذ يومين", "  عندي\nصـــداع   منذ\tيومين!!",
+        "عندي \u200fصداع. منذ يومين…"]
 
 
 def test_variants_of_a_complaint_stand_on_the_same_side():
@@ -34,7 +36,8 @@ def test_sides_are_80_10_10_and_do_not_depend_on_the_table():
     sides = data.split_pairs(pairs)
     assert [round(len(side) / 5000, 1) for side in sides.values()] == [0.8, 0.1, 0.1]
     assert sorted(p.row for side in sides.values() for p in side) == list(range(5000))
-    assert [p.row for p in data.split_pairs(pairs[::-7])["test"]] == [p.row for p in pairs[::-7] if p in sides["test"]]
+    assert [p.row for p in data.split_pairs(pairs[::-7])["test"]] == [p.row for p in pairs[::-7]
+                                                                      if p in sides["test"]]
 
 
 def test_fingerprint_sees_every_change():
@@ -73,27 +76,32 @@ def example(examples, i):
 
 
 def test_prompt_and_response_are_joined_as_ids(encoded, tiny):
-    """So that training and decoding see the same prompt; EOS is a target, or the model would not learn to stop."""
+    """So that training and decoding see the same prompt; EOS is a target, or the model would not learn to
+    stop."""
     pairs, examples = encoded
     assert len(examples) == len(pairs)
     for i, p in enumerate(pairs):
         prompt, targets = example(examples, i)
         assert prompt == tiny[1].encode(data.PROMPT.format(complaint=p.complaint)).ids
         assert targets == tiny[1].encode(p.response).ids + [0]
-        assert examples.target_counts[i] == len(targets) and examples.input_lengths[i] == len(prompt) + len(targets) - 1
+        assert examples.target_counts[i] == len(targets)
+        assert examples.input_lengths[i] == len(prompt) + len(targets) - 1
 
 
 def test_prompts_of_training_and_decoding_are_the_same(encoded, tiny):
     pairs, examples = encoded
-    assert data.encode_prompts(tiny[1], [p.complaint for p in pairs], 512) == ([example(examples, i)[0] for i in range(len(pairs))], 0)
+    assert data.encode_prompts(tiny[1], [p.complaint for p in pairs],
+                               512) == ([example(examples, i)[0] for i in range(len(pairs))], 0)
 
 
 def test_preprocessing(tiny):
     examples = encode([pair("عندي أَلَمٌ!", "خـذ، دواء")], tiny[1], preprocess="arabert")
     plain = encode([pair("عندي ألم !", "خذ ، دواء")], tiny[1])
     assert example(examples, 0) == example(plain, 0)
-    assert data.choose_preprocess("auto", "aragpt2-base", {}) == data.choose_preprocess("auto", "x/bert-base-arabertv02", {}) == "arabert"
-    assert data.choose_preprocess("auto", "bloomz-560m", {}) == data.choose_preprocess("none", "aragpt2-base", {}) == "none"
+    assert data.choose_preprocess("auto", "aragpt2-base", {}) == data.choose_preprocess("auto",
+                                                                                        "x/bert-base-arabertv02", {}) == "arabert"
+    assert data.choose_preprocess("auto", "bloomz-560m", {}) == data.choose_preprocess("none", "aragpt2-base",
+                                                                                       {}) == "none"
     assert data.choose_preprocess("auto", "run", {"sevloss": {"preprocess": "arabert"}}) == "arabert"
 
 
@@ -106,7 +114,8 @@ def test_special_tokens_in_a_text_stay_text(tiny):
 
 @pytest.mark.parametrize("length", [20, 40, 100])
 def test_truncation_keeps_the_words_after_the_complaint(tiny, length):
-    """The prompt gets at least half of the length, the response what the prompt leaves; a cut response has no EOS."""
+    """The prompt gets at least half of the length, the response what the prompt leaves; a cut response has no
+    EOS."""
     long, short = "صداع وغثيان " * 60, "صداع"
     tokenizer, ending = tiny[1], data.PROMPT.rpartition("}")[2]
     pairs = [pair(long, short), pair(short, long), pair(long, long)]
@@ -116,9 +125,11 @@ def test_truncation_keeps_the_words_after_the_complaint(tiny, length):
         text = tokenizer.decode(prompt).strip(" ")
         assert text.endswith(ending) and p.complaint.startswith(text[1:-len(ending)])
         assert len(prompt) + len(targets) <= length
-        assert (targets == tokenizer.encode(p.response).ids + [0]) if i == 0 else len(prompt) + len(targets) == length and 0 not in targets
+        assert (targets == tokenizer.encode(p.response).ids
+                + [0]) if i == 0 else len(prompt) + len(targets) == length and 0 not in targets
         assert len(prompt) > length // 2 - 4 or i == 1  # and no more is cut than needed
-    assert data.describe_cuts(cuts, 3, length) == f"  of 3 pairs 2 complaints and 2 responses were cut to fit {length} tokens"
+    assert data.describe_cuts(cuts, 3,
+                              length) == f"  of 3 pairs 2 complaints and 2 responses were cut to fit {length} tokens"
 
 
 def test_too_short_for_any_prompt(tiny):
@@ -136,13 +147,15 @@ ARRAYS = ("ids", "lengths", "first_target", "probabilities")
 
 @pytest.fixture
 def open_table(tiny, write_table, rows, tmp_path, monkeypatch):
-    """open_table(reading=..., encoding=..., ...) -> (EncodedTable, whether it was made now); in parts of 7 rows."""
+    """open_table(reading=..., encoding=..., ...) -> (EncodedTable, whether it was made now); in parts of 7
+    rows."""
     monkeypatch.setattr(data, "ROWS_AT_ONCE", 7)
     path = write_table("table.jsonl", rows)
 
     def open_table(tokenizer=tiny[1], reading=READING, encoding=ENCODING, validation_rows=5, **others):
         before = set(tmp_path.glob("encoded/*"))
-        encoded = data.encoded_table(path, tokenizer, reading=reading, encoding=encoding, folder=tmp_path / "encoded",
+        encoded = data.encoded_table(path, tokenizer, reading=reading, encoding=encoding,
+                                     folder=tmp_path / "encoded",
                                      validation_rows=validation_rows, **others)
         return encoded, len(set(tmp_path.glob("encoded/*")) - before)
     open_table.path = path
@@ -154,7 +167,8 @@ def test_encoded_table_holds_what_encoding_gives(open_table, tiny):
     encoded, made = open_table()
     pairs = tables.read_pairs(open_table.path, needed=("complaint", "response"))
     sides = data.split_pairs(pairs)
-    assert made and encoded.fingerprint == str(data.Fingerprint(pairs)) and encoded.test_rows == len(sides["test"])
+    assert made and encoded.fingerprint == str(data.Fingerprint(pairs))
+    assert encoded.test_rows == len(sides["test"])
     validation = data.sample_pairs(sides["validation"], 5)
     for found, side in ((encoded.train, sides["train"]), (encoded.validation, validation)):
         examples, _ = data.encode_pairs(side, tiny[1], **ENCODING)
@@ -168,18 +182,22 @@ def test_second_start_reads_no_table_and_says_the_same(open_table, capsys, monke
     said = capsys.readouterr().out
     monkeypatch.setattr(tables, "usable_pairs", None)
     again, made = open_table()
-    assert not made and capsys.readouterr().out == said and "complaint = 'Question'" in said and "were cut" in said
+    assert not made and capsys.readouterr().out == said and "complaint = 'Question'" in said
+    assert "were cut" in said
     assert np.array_equal(first.train.ids, again.train.ids) and first.fingerprint == again.fingerprint
 
 
 def test_encoded_table_is_of_this_table_and_these_arguments(open_table, rows):
     open_table()
-    changes = [dict(encoding=ENCODING | change) for change in (dict(max_length=40), dict(eos_id=1), dict(preprocess="arabert"))]
-    changes += [dict(reading=READING | change) for change in (dict(probabilities="optional"), dict(columns={"complaint": "Question"}))]
+    changes = [dict(encoding=ENCODING | change) for change in (dict(max_length=40), dict(eos_id=1),
+                                                               dict(preprocess="arabert"))]
+    changes += [dict(reading=READING | change) for change in (dict(probabilities="optional"),
+                                                              dict(columns={"complaint": "Question"}))]
     changes += [dict(train_rows=9), dict(validation_rows=4), dict(supervise="row"),
                 dict(tokenizer=tiny_gpt2([row["Answer"] for row in rows], vocab_size=300)[1])]
     assert [open_table(**change)[1] for change in changes] == [1] * len(changes)
-    open_table.path.write_text(open_table.path.read_text(encoding="utf-8").replace("أرق", "قلق"), encoding="utf-8")
+    open_table.path.write_text(open_table.path.read_text(encoding="utf-8").replace("أرق", "قلق"),
+                               encoding="utf-8")
     assert open_table()[1] == 1 and open_table()[1] == 0
 
 
@@ -228,7 +246,8 @@ def test_batch_against_a_loop(encoded):
                 documents.append(d)
             tokens.append(ids[t - 1])
     batch = data.make_batch(examples, chosen, token_weights=np.arange(200) / 8)
-    assert str(batch.weights.dtype) == "torch.float32" and batch.weights.tolist() == [chosen[d] / 8 for d in documents]
+    assert str(batch.weights.dtype) == "torch.float32"
+    assert batch.weights.tolist() == [chosen[d] / 8 for d in documents]
     assert batch.tokens.tolist() == tokens and batch.lengths == examples.input_lengths[chosen].tolist()
     assert batch.supervised_index.tolist() == supervised
     assert batch.targets.tolist() == targets
@@ -257,7 +276,8 @@ def test_micro_batches(most):
     assert sorted(flat) == list(range(5, 60))
     assert [lengths[i] for i in flat] == sorted(lengths[5:])
     assert all(len(part) == 1 or sum(lengths[part]) <= most for part in parts)
-    assert all(sum(lengths[part]) + lengths[after[0]] > most for part, after in zip(parts, parts[1:]))  # as few as that allows
+    assert all(sum(lengths[part]) + lengths[after[0]] > most
+               for part, after in zip(parts, parts[1:]))  # as few as that allows
     assert data.micro_batches(lengths, [], most) == []
 
 

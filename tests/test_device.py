@@ -9,7 +9,8 @@ import torch
 from sevloss import InputError, device
 
 
-@pytest.mark.parametrize("name, message", [("tpu", "auto, cpu, cuda or cuda:N"), ("meta", "auto, cpu, cuda or cuda:N"),
+@pytest.mark.parametrize("name, message", [("tpu", "auto, cpu, cuda or cuda:N"),
+                                           ("meta", "auto, cpu, cuda or cuda:N"),
                                            ("cuda:99", "PyTorch sees no CUDA device|there are")])
 def test_devices_that_are_none(name, message):
     with pytest.raises(InputError, match=message):
@@ -31,7 +32,8 @@ def test_a_small_model_is_computed_in_fp32():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told")
 def test_freed_memory_is_kept():
-    """The second time, the pages of a large tensor are there already: none of its 16,384 has to be mapped again."""
+    """The second time, the pages of a large tensor are there already: none of its 16,384 has to be mapped
+    again."""
     device.keep_freed_memory()
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -11,14 +11,16 @@ from sevloss import InputError, severity
 
 def test_weightings_are_the_papers():
     assert severity.CLASSES == ("non-critical", "neutral", "critical")
-    assert severity.WEIGHTINGS == {"none": (1, 1, 1), "mild": (0.75, 1, 1.25), "balanced": (0.5, 1, 1.5), "strong": (0.25, 1, 1.75)}
+    assert severity.WEIGHTINGS == {"none": (1, 1, 1), "mild": (0.75, 1, 1.25), "balanced": (0.5, 1, 1.5),
+                                   "strong": (0.25, 1, 1.75)}
 
 
 def test_parse_weighting():
     assert severity.parse_weighting("strong") == (0.25, 1, 1.75)
     assert severity.parse_weighting("0, .5,2") == (0, 0.5, 2)
     for text in ("hard", "", "1,2", "1,2,3,4", "1,2,x", "1,2,-1", "1,2,nan", "1,2,inf"):
-        with pytest.raises(InputError, match="one of none, mild, balanced, strong, or three numbers of at least 0"):
+        with pytest.raises(InputError,
+                           match="one of none, mild, balanced, strong, or three numbers of at least 0"):
             severity.parse_weighting(text)
 
 
@@ -36,7 +38,8 @@ def test_scores_by_hand():
     assert scores["accuracy"] == 0.75
     assert scores["macro_f1"] == pytest.approx((2 * 2 / (2 + 3) + 0 + 2 * 1 / (2 + 1)) / 3)
     assert scores["nll"] == pytest.approx(-math.log(0.6 * 0.4 * 0.8 * 0.7) / 4)
-    assert scores["brier"] == pytest.approx((0.16 + 0.04 + 0.04 + 0.25 + 0.01 + 0.36 + 0.01 + 0.01 + 0.04 + 0.09 + 0.04 + 0.01) / 4)
+    assert scores["brier"] == pytest.approx((0.16 + 0.04 + 0.04 + 0.25 + 0.01 + 0.36 + 0.01 + 0.01 + 0.04
+                                             + 0.09 + 0.04 + 0.01) / 4)
     # four confidences in four of the fifteen bins: 0.6 right, 0.5 wrong, 0.8 right, 0.7 right
     assert scores["ece"] == pytest.approx((0.4 + 0.5 + 0.2 + 0.3) / 4)
 
@@ -45,7 +48,8 @@ def test_calibration_error_compares_means_of_bins():
     """In one bin, over- and underconfidence cancel; confidence 1 belongs to the last one."""
     p = torch.tensor([[0.75, 0.25, 0.0]] * 4 + [[1.0, 0.0, 0.0]])
     assert severity.expected_calibration_error(p, torch.tensor([0, 0, 0, 1, 0])) == 0
-    assert severity.expected_calibration_error(p, torch.tensor([0, 0, 0, 0, 0])) == pytest.approx(4 / 5 * 0.25)
+    assert severity.expected_calibration_error(p, torch.tensor([0, 0, 0, 0,
+                                                                0])) == pytest.approx(4 / 5 * 0.25)
     assert severity.expected_calibration_error(p, torch.tensor([0, 0, 0, 1, 1])) == pytest.approx(1 / 5)
 
 
@@ -56,7 +60,8 @@ def test_fit_temperature_finds_what_was_put_in(temperature):
     labels = torch.multinomial(logits.softmax(-1), 1).squeeze(1)
     fitted = severity.fit_temperature(logits * temperature, labels)
     assert fitted == pytest.approx(temperature, rel=0.05)
-    nll = [F.cross_entropy(logits * temperature / t, labels).item() for t in (fitted, fitted * 1.02, fitted / 1.02)]
+    nll = [F.cross_entropy(logits * temperature / t, labels).item()
+           for t in (fitted, fitted * 1.02, fitted / 1.02)]
     assert nll[0] == min(nll)
 
 

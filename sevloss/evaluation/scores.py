@@ -34,7 +34,7 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
         indices = range(len(examples)) if indices is None else indices
         for part in data.micro_batches(examples.input_lengths, indices, most_tokens):
             batch = data.make_batch(examples, part, compute.device)
-            hidden = model(batch.tokens, batch.lengths)[batch.supervised_index]  # (S, D)
+            hidden = model(batch.tokens, batch.lengths).index_select(0, batch.supervised_index)  # (S, D)
             nll = torch.zeros(len(part), dtype=torch.float64, device=compute.device)
             chunks = zip(hidden.split(512), batch.targets.split(512), batch.sequence.split(512))
             for h, targets, sequence in chunks:  # not all logits at once

@@ -43,37 +43,45 @@ PAIRS = [
 
 
 def make_tokenizer():
-    """Letters, and the words that occur twice. Not trained: the trainer breaks ties by chance. No emoji, so that [UNK] occurs."""
+    """Letters, and the words that occur twice. Not trained: the trainer breaks ties by chance. No emoji, so
+    that [UNK] occurs."""
     words = Counter(re.findall(r"\w+", " ".join(text for pair in PAIRS for text in pair)))
     letters = sorted(set("".join(words)) | set(".،" + "ًٌٍَُِّْ"))
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
     pieces += sorted(word for word, count in words.items() if count > 1 and len(word) > 1)
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.add_special_tokens(pieces[:5])
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)  # as that of mBERT: diacritics stay
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False,
+                                                      strip_accents=False)  # as that of mBERT: diacritics stay
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return tokenizer
 
 
 def make_checkpoint():
-    """config.json, model.safetensors, tokenizer.json and tokenizer_config.json; without model_max_length the package overflows."""
+    """config.json, model.safetensors, tokenizer.json and tokenizer_config.json; without model_max_length the
+    package overflows."""
     torch.manual_seed(0)
     FOLDER.mkdir(exist_ok=True)
     tokenizer = make_tokenizer()
     tokenizer.save(str(FOLDER / "tokenizer.json"), pretty=False)
     (FOLDER / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONTEXT, "cls_token": "[CLS]", "sep_token": "[SEP]",
-        "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}, indent=1) + "\n", encoding="utf-8")
-    config = BertConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONTEXT, "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}, indent=1) + "\n",
+                                                  encoding="utf-8")
+    config = BertConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=24, num_hidden_layers=3,
+                        num_attention_heads=4,
                         intermediate_size=40, max_position_embeddings=CONTEXT, pad_token_id=0)
     model = BertModel(config, add_pooling_layer=False)
     weights = {}
     for name, tensor in model.state_dict().items():
         random = torch.randn(tensor.shape)
-        weights[name] = (random if "word_embeddings" in name else 1 + random / 10 if "Norm.weight" in name else random / 4).half()
+        weights[name] = (random if "word_embeddings" in name else 1 + random / 10 if "Norm.weight" in name
+                         else random / 4).half()
     save_file(weights, FOLDER / "model.safetensors", {"format": "pt"})
-    config = json.loads(config.to_json_string()) | {"architectures": ["BertModel"], "dtype": "float32"}  # what the package computes in
+    config = json.loads(config.to_json_string()) | {"architectures": ["BertModel"],
+                                                    "dtype": "float32"}  # what the package computes in
     (FOLDER / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -83,7 +91,8 @@ def main():
     for block in range(4):
         scorer = BERTScorer(model_type=str(FOLDER), num_layers=block, device="cpu")
         scores[block] = [[float(x) for x in scorer.score([c], [r])] for c, r in PAIRS]
-    scorer = BERTScorer(model_type=str(FOLDER), num_layers=3, device="cpu", idf=True, idf_sents=[r for _, r in PAIRS], nthreads=0)
+    scorer = BERTScorer(model_type=str(FOLDER), num_layers=3, device="cpu", idf=True,
+                        idf_sents=[r for _, r in PAIRS], nthreads=0)
     idf = [[float(x) for x in scorer.score([c], [r])] for c, r in PAIRS]
     with open(FOLDER / "expected.json", "w", encoding="utf-8") as file:
         json.dump({"pairs": PAIRS, "scores": scores, "idf": idf}, file, ensure_ascii=False, indent=1)
