@@ -24,6 +24,7 @@ def run(monkeypatch, tmp_path, capfd):
     """run("loss.py", arguments) -> what it prints. The script runs as `python` would run it, but in this process:
     importing torch anew takes seconds. What it starts are processes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tables, "SAMPLE", str(BENCHMARKS.parent / "data" / "sample.jsonl"))
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
