@@ -81,6 +81,7 @@ def parse_arguments():
     add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; parameters stay fp32")
     add("--micro-tokens", type=int, default=4096, help="at most so many tokens in memory at once")
     add("--gradient-checkpointing", action="store_true", help="less memory: compute each block twice")
+    add("--compile", action="store_true", help="on a GPU: steps in 0.5 to 0.7 of the time, but a slow start")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
     add("--save-every", type=int, metavar="STEPS", help="validate and save this often; default once an epoch")
@@ -140,6 +141,9 @@ def make_model(args, compute, table, reading):
                     targets=args.lora_targets)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    if args.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)  # lengths differ from batch to batch
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.ckpt}: {parameters:,} parameters, {trainable:,} ({trainable / parameters:.2%}) learn, "
@@ -208,6 +212,8 @@ def main():
     run = checkpoint.new_run(args.out, "finetune", args.resume)
     compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
     print(compute)
+    if args.compile and compute.device.type != "cuda":
+        raise InputError("--compile is for a GPU: on a CPU every batch would be compiled anew")
 
     # ---- severity: the table's own probabilities, or those of a classifier
     table = args.data

@@ -17,7 +17,7 @@ from sevloss.data import SPLIT_RULE, check_split_rule
 from sevloss.inputs import hub
 
 FREE_ON_RESUME = ("resume", "out", "save_every", "device", "dtype", "micro_tokens", "gradient_checkpointing",
-                  "merge")
+                  "compile", "merge")
 
 
 def new_run(out, kind, resume):
