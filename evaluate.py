@@ -22,7 +22,7 @@ from sevloss.evaluation.bertscore import Scorer
 from sevloss.evaluation.report import write_evaluation
 from sevloss.generate import generate
 from sevloss.inputs import arabic, hub, tables
-from sevloss.models import eos_ids, load_model, load_tokenizer
+from sevloss.models import check_causal, eos_ids, load_model, load_tokenizer
 from sevloss.severity import CLASSES
 
 ROWS_AT_ONCE = 64  # answered together; what a stop can lose
@@ -135,8 +135,7 @@ def answer_rows(name, run, pairs, protocol, args, path):
 
     # Model
     model, tokenizer = load_model(name), load_tokenizer(name)
-    if not hasattr(model, "head_weight") or not eos_ids(model):
-        raise InputError(f"{name} is no causal language model with an end-of-text token")
+    check_causal(model, name)
     compute = device.choose(args.device, args.dtype, small=sum(p.numel() for p in model.parameters()) < 10e6)
     model.to(compute.device)
     print(f"{name}: {compute}; {len(done):,} of {len(pairs):,} rows were answered before")

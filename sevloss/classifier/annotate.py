@@ -126,7 +126,7 @@ def annotate_table(classifier, table, to, columns, compute):
         print(f"{to}: going on after row {done['rows']:,}")
 
     # The next rows; a table that cannot be read is refused before anything is written
-    total = sum(1 for _ in tables.read_rows(table))
+    total = sum(1 for _ in tables.read_rows(table, ("complaint",), columns)[2])
     pairs = islice(tables.usable_pairs(table, needed=("complaint",), columns=columns), done["rows"], None)
     chunk = list(islice(pairs, CHUNK))
 
@@ -182,5 +182,7 @@ def write_rows(file, ending, pairs, probabilities, *, header):
         return
     writer = csv.DictWriter(file, rows[0], delimiter="\t" if ending == ".tsv" else ",")
     if header:
+        file.write("\ufeff")  # without it Excel shows Arabic as gibberish
         writer.writeheader()
-    writer.writerows(rows)
+    for fields in rows:
+        writer.writerow({name: tables.quote_formula(cell) for name, cell in fields.items()})
