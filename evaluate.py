@@ -7,15 +7,15 @@
 """
 
 import argparse
+import contextlib
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal
+from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, stop, terminal
 from sevloss.data import Fingerprint, digest, file_fingerprint, sample_pairs, split_pairs
 from sevloss.evaluation import findings, scores
 from sevloss.evaluation.bertscore import Scorer
@@ -161,21 +161,22 @@ def answer_rows(name, run, pairs, protocol, args, path):
 
     # Answers
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without the line that a stop cut off
+    checkpoint.keep_lines(path)  # without one that a stop cut in half
+    if not stored:
+        head = {"name": name, "run": run, "protocol": protocol}
+        checkpoint.append(path, json.dumps(head, ensure_ascii=False) + "\n")
     left.sort(key=lambda i: -len(prompts[i]))
     bar = tqdm(total=len(pairs), initial=len(done), unit="row", desc=name, mininterval=1)
+    stop.waits = True  # a signal is looked at between parts
     # Autocast around all rows: a weight is cast to 16 bits once
-    with open(path, "a", encoding="utf-8") as file, bar, compute.autocast():
-        if not stored:
-            head = {"name": name, "run": run, "protocol": protocol}
-            file.write(json.dumps(head, ensure_ascii=False) + "\n")
+    with bar, compute.autocast():
         for start in range(0, len(left), ROWS_AT_ONCE):
             part = left[start:start + ROWS_AT_ONCE]
             nll = scores.response_nll(model, examples, compute, indices=part)
             generated = generate(model, [prompts[i] for i in part], max_new_tokens=args.max_new_tokens,
                                  eos_ids=eos_ids(model), temperature=args.temperature, top_p=args.top_p,
                                  seed=args.seed)
+            lines = ""
             for i, ids in zip(part, generated):
                 text = tokenizer.decode(ids).rstrip("\ufffd").strip()  # half a character where it was cut off
                 if args.recipe == "paper":
@@ -187,9 +188,11 @@ def answer_rows(name, run, pairs, protocol, args, path):
                     pair.row, pair.complaint, pair.response, class_of(pair), pair.probabilities,
                     pair.specialty, text, finished=len(ids) < args.max_new_tokens, nll=nll[i].item(),
                     tokens=int(examples.target_counts[i]))
-                file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-            file.flush()
+                lines += json.dumps(asdict(answer), ensure_ascii=False) + "\n"
+            checkpoint.append(path, lines, to_disk=True)
             bar.update(len(part))
+            stop.leave("the answers so far are kept; the same command goes on")
+    stop.waits = False
 
 
 # --- BERTScore ----------------------------------------------------------------------------------------------
@@ -270,9 +273,17 @@ def number(value):
 def main():
     args = parse_arguments()
 
-    # Models and answers that were made before
     names = args.runs or [newest_run()]
     check_names(names)
+    out = Path(args.out or (Path(names[0]) if Path(names[0]).is_dir() else Path("runs")) / "evaluation")
+    with contextlib.ExitStack() as locks:  # of all that is written to
+        for folder in {out.resolve(), *map(findings.run_folder, names)} - {None}:
+            locks.enter_context(checkpoint.lock_folder(folder))
+        evaluate(args, names, out)
+
+
+def evaluate(args, names, out):
+    # Models and answers that were made before
     answers, runs, weights = {}, {}, {}
     for name in names:
         if Path(name).is_file():
@@ -280,7 +291,6 @@ def main():
         else:
             runs[name] = findings.read_run_json(name)  # {} for a plain checkpoint
             weights[name] = file_fingerprint(hub.find_file(name, (*hub.ADAPTERS, *hub.WEIGHTS)))
-    out = Path(args.out or (Path(names[0]) if Path(names[0]).is_dir() else Path("runs")) / "evaluation")
 
     # Test rows
     protocols = {name: a.protocol for name, a in answers.items()}

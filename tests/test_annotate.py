@@ -128,7 +128,7 @@ def test_out_of_fold_probabilities_are_used(run, table, rows, tmp_path, capsys):
     assert probabilities[0].tolist() == pytest.approx([0.1, 0.2, 0.7])
 
 
-class Stop(Exception):
+class Stop(BaseException):
     pass
 
 

@@ -1,6 +1,7 @@
 """The trained classifier at work: severity probabilities for complaints, and for whole tables."""
 
 import csv
+import io
 import json
 import os
 from collections import Counter
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, checkpoint, data
+from sevloss import InputError, checkpoint, data, flush_to_disk, lock, stop
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
@@ -111,9 +112,12 @@ def annotate_table(classifier, table, to, columns, compute):
     without a complaint are left out. Until it is complete the file is called `to`.partial; the same call goes
     on after its last chunk, so memory and what a stop can lose are bounded by CHUNK rows.
     """
-    to = Path(to)
+    with lock(f"{to}.lock"):
+        _annotate_table(classifier, table, Path(to), columns, compute)
+
+
+def _annotate_table(classifier, table, to, columns, compute):
     check_target(to)
-    to.parent.mkdir(parents=True, exist_ok=True)
 
     # How far a call before this one came
     partial, journal = Path(f"{to}.partial"), Path(f"{to}.partial.json")
@@ -130,21 +134,26 @@ def annotate_table(classifier, table, to, columns, compute):
     pairs = islice(tables.usable_pairs(table, needed=("complaint",), columns=columns), done["rows"], None)
     chunk = list(islice(pairs, CHUNK))
 
-    with open(partial, "a", encoding="utf-8", newline="") as file, \
-            tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
-        file.truncate(done["bytes"])
+    checkpoint.append(partial, "")
+    os.truncate(partial, done["bytes"])
+    stop.waits = True  # a signal is looked at between chunks
+    with tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
         while chunk:
             complaints = [pair.complaint for pair in chunk]
             probabilities, cut = classifier.probabilities(complaints, compute, bar)
-            write_rows(file, to.suffix.lower(), chunk, probabilities, header=not done["rows"])
-            file.flush()
+            text = io.StringIO(newline="")
+            write_rows(text, to.suffix.lower(), chunk, probabilities, header=not done["rows"])
+            checkpoint.append(partial, text.getvalue(), to_disk=True)
             done.update(rows=len(chunk), cut=cut, seen=classifier.seen(complaints),
                         labelled=sum(pair.severity is not None for pair in chunk))
-            done["bytes"] = file.tell()
+            done["bytes"] = partial.stat().st_size
             checkpoint.write_json(journal, {"inputs": inputs, "done": done})
+            stop.leave(f"{done['rows']:,} rows are kept: the same command goes on")
             chunk = list(islice(pairs, CHUNK))
-    os.replace(partial, to)
+    stop.waits = False
     journal.unlink()
+    os.replace(partial, to)
+    flush_to_disk(to.parent)
 
     print(f"wrote {to}: {done['rows']:,} rows, {done['cut']:,} complaints cut to "
           f"{classifier.max_length} tokens")
