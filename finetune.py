@@ -81,6 +81,7 @@ def parse_arguments():
     add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; parameters stay fp32")
     add("--micro-tokens", type=int, default=4096, help="at most so many tokens in memory at once")
     add("--gradient-checkpointing", action="store_true", help="less memory: compute each block twice")
+    add("--compile", action="store_true", help="on a GPU: steps in 0.5 to 0.7 of the time, but a slow start")
     add("--deterministic", action="store_true", help="only operations that give the same bits every time")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
@@ -142,6 +143,9 @@ def make_model(args, compute, table, reading):
                     targets=args.lora_targets)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    if args.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)  # lengths differ from batch to batch
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.ckpt}: {parameters:,} parameters, {trainable:,} ({trainable / parameters:.2%}) learn, "
@@ -221,6 +225,8 @@ def train(args, run):
     compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny",
                             deterministic=args.deterministic)
     print(compute)
+    if args.compile and compute.device.type != "cuda":
+        raise InputError("--compile is for a GPU: on a CPU every batch would be compiled anew")
 
     # ---- severity: the table's own probabilities, or those of a classifier
     table = args.data

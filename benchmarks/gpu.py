@@ -3,10 +3,10 @@
     python benchmarks/gpu.py [--dtype bf16|fp16|fp32] [--examples 32] [--steps 20] [--device cuda]
 
 GPT-2's base shape with 64,000 words and the shape of Qwen2.5-0.5B, random weights, no dropout. Texts are
-random tokens, their lengths those of the pairs in --data. Both sides run on the same device, in turns; the
-losses must agree to 1% (fp32: 1e-3). The step of `transformers` pads to the longest row of the batch and
-forms all logits. Times include all that the device has to do (torch.cuda.synchronize); memory is CUDA's peak
-allocation.
+random tokens, their lengths those of the pairs in --data. Both sides run on the same device, one after the
+other; the first losses must agree to 1% (fp32: 1e-3). The step of `transformers` pads to the longest row of
+the batch and forms all logits. Times include all that the device has to do (torch.cuda.synchronize); memory
+is CUDA's peak allocation.
 """
 
 import argparse
@@ -32,40 +32,46 @@ from sevloss.models.tiny import tiny_gpt2
 from sevloss.optimizer import adamw
 
 SHAPES = {"GPT-2 base shape": gpt2_config, "Qwen2.5-0.5B shape": qwen2_config}
-WARM_UP = 2  # rounds that are not timed
+WARM_UP = 4  # rounds that are not timed
 
 
 def measure(sides, rounds, compute):
-    """{name: function of the round} -> ({name: seconds of each timed round}, {name: peak bytes}, {name: last
-    result})"""
+    """sides: {name: function that makes a function of the round}; one side at a time, as memory is counted.
+
+    -> ({name: seconds of each timed round}, {name: peak bytes}, {name: result of each round})
+    """
     seconds = {name: [] for name in sides}
     peaks = dict.fromkeys(sides, 0)
-    results = {}
+    results = {name: [] for name in sides}
     on_cuda = compute.device.type == "cuda"
-    for turn in range(WARM_UP + rounds):
-        for name, function in sides.items():
-            if on_cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
+    for name, make in sides.items():
+        if on_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        function = make()
+        for turn in range(WARM_UP + rounds):
             began = time.perf_counter()
-            results[name] = function(turn)
+            results[name].append(function(turn))
             if on_cuda:
                 torch.cuda.synchronize()
                 peaks[name] = torch.cuda.max_memory_allocated()
             if turn >= WARM_UP:
                 seconds[name].append(time.perf_counter() - began)
+        del function
     return seconds, peaks, results
 
 
 def report(work, seconds, peaks):
+    """A row for each side but the last, which the others are compared with."""
+    *ours, peer = seconds
     for name, values in seconds.items():
         milliseconds = 1000 * statistics.median(values)
-        print(f"  {name:13} {milliseconds:8.1f} ms, peak {peaks[name] / 2 ** 30:5.2f} GiB")
-    memory = ""
-    if peaks["transformers"]:
-        memory = f", {peaks['sevloss'] / peaks['transformers']:.2f} of the peak memory"
-    print_row(work, "`transformers`",
-              f"{ratio(seconds['transformers'], seconds['sevloss'])} times as fast{memory}")
+        print(f"  {name:17} {milliseconds:8.1f} ms, peak {peaks[name] / 2 ** 30:5.2f} GiB")
+    for name in ours:
+        result = f"{ratio(seconds[peer], seconds[name])} times as fast"
+        if peaks[peer]:
+            result += f", {peaks[name] / peaks[peer]:.2f} of the peak memory"
+        print_row(f"{work}, {name}", peer, result)
 
 
 def make_examples(args, vocabulary):
@@ -79,7 +85,11 @@ def make_examples(args, vocabulary):
     return examples
 
 
-def our_step(model, compute, examples, order, size):
+def our_step(folder, compute, examples, order, size, compiled=False):
+    model = load_model(folder, device=compute.device).train()
+    if compiled:
+        for block in model.blocks:
+            block.compile(dynamic=True)
     optimizer = adamw(model, 1e-5, 0.0)
     scaler = compute.grad_scaler()
     token_weights = 1 / examples.target_counts
@@ -99,7 +109,9 @@ def our_step(model, compute, examples, order, size):
     return step
 
 
-def their_step(model, compute, examples, order, size):
+def their_step(folder, compute, examples, order, size):
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(compute.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     scaler = compute.grad_scaler()
 
@@ -123,31 +135,49 @@ def their_step(model, compute, examples, order, size):
     return step
 
 
-def loss_sides(compute, rows, width, vocabulary):
-    """Forward and backward of the head and the loss alone, against plain logits."""
+def our_loss(hidden, head, targets, weights):
+    return linear_weighted_token_ce(hidden, head, targets, weights, denominator=len(hidden),
+                                    ignore_index=None)
+
+
+def plain_loss(hidden, head, targets, weights):
+    nll = F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none")
+    return (nll * weights).sum() / len(hidden)
+
+
+def loss_step(loss, compute, rows, width, vocabulary):
+    """Forward and backward of the head and the loss alone."""
+    torch.manual_seed(0)
     hidden = torch.randn(rows, width, device=compute.device, dtype=compute.dtype, requires_grad=True)
     head = (0.05 * torch.randn(vocabulary, width, device=compute.device)).to(compute.dtype).requires_grad_()
     targets = torch.randint(vocabulary, (rows,), device=compute.device)
     weights = torch.rand(rows, device=compute.device) + 0.5
 
-    def ours(turn):
+    def step(turn):
         hidden.grad = head.grad = None
-        linear_weighted_token_ce(hidden, head, targets, weights, denominator=rows,
-                                 ignore_index=None).backward()
-
-    def plain(turn):
-        hidden.grad = head.grad = None
-        nll = F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none")
-        ((nll * weights).sum() / rows).backward()
-    return {"sevloss": ours, "transformers": plain}
+        value = loss(hidden, head, targets, weights)
+        value.backward()
+        return value.item()
+    return step
 
 
-def answer(model, prompts, new_tokens, eos_ids, turn):
-    return generate(model, prompts, max_new_tokens=new_tokens, eos_ids=tuple(eos_ids))
+def our_answers(folder, compute, prompts, new_tokens, eos_ids):
+    model = load_model(folder, dtype=compute.dtype, device=compute.device)
+    return lambda turn: generate(model, prompts, max_new_tokens=new_tokens, eos_ids=eos_ids)
 
 
-def padded_answer(model, prompts, new_tokens, eos_ids, turn):
-    return padded_generate(model, prompts, new_tokens, eos_ids)
+def their_answers(folder, compute, prompts, new_tokens, eos_ids):
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute.dtype).to(compute.device).eval()
+    return lambda turn: padded_generate(model, prompts, new_tokens, eos_ids)
+
+
+def check_equal(results, compute):
+    """The first losses of all sides agree to 1% (fp32: 1e-3)."""
+    first = {name: values[0] for name, values in results.items()}
+    bound = 1e-3 if compute.dtype == torch.float32 else 1e-2
+    if max(first.values()) > (1 + bound) * min(first.values()):
+        sys.exit(f"the losses of the first step differ: {first}")
 
 
 def main():
@@ -164,7 +194,6 @@ def main():
     add_size_arguments(parser)
     args = parser.parse_args()
     need("transformers")
-    from transformers import AutoModelForCausalLM
     compute = device.choose(args.device, args.dtype)
     name = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else "CPU"
     print(f"{name}; {compute}; torch {torch.__version__}")
@@ -179,38 +208,35 @@ def main():
             save_model(from_scratch(config), Tokenizer(models.BPE()), folder)
 
             # a fine-tuning step: weights in fp32, products in --dtype
-            ours = load_model(folder, device=compute.device).train()
-            theirs = AutoModelForCausalLM.from_pretrained(folder,
-                                                          dtype=torch.float32).to(compute.device).train()
-            sides = {"sevloss": our_step(ours, compute, examples, order, args.examples),
-                     "transformers": their_step(theirs, compute, examples, order, args.examples)}
-            first = {side: step(0) for side, step in sides.items()}
-            if abs(first["sevloss"] / first["transformers"] - 1) > (1e-3 if compute.dtype == torch.float32
-                                                                    else 1e-2):
-                sys.exit(f"the losses of the first step differ: {first}")
-            seconds, peaks, _ = measure(sides, args.steps, compute)
+            arguments = folder, compute, examples, order, args.examples
+            sides = {"sevloss": partial(our_step, *arguments)}
+            if compute.device.type == "cuda":
+                sides["sevloss, --compile"] = partial(our_step, *arguments, compiled=True)
+            sides["transformers"] = partial(their_step, *arguments)
+            seconds, peaks, losses = measure(sides, args.steps, compute)
+            check_equal(losses, compute)
             report(f"step, {shape}, {args.examples} pairs", seconds, peaks)
-            del ours, theirs, sides  # before the next ones take the memory
 
             # decoding, weights in --dtype
-            ours = load_model(folder, dtype=compute.dtype, device=compute.device)
-            theirs = AutoModelForCausalLM.from_pretrained(folder,
-                                                          dtype=compute.dtype).to(compute.device).eval()
-        lengths = np.linspace(20, 150, args.prompts).astype(int)
-        prompts = [torch.randint(1, vocabulary, (length,)).tolist() for length in lengths]
-        eos_ids = choose_eos_ids(generate(ours, prompts, max_new_tokens=args.new_tokens), args.new_tokens)
-        sides = {"sevloss": partial(answer, ours, prompts, args.new_tokens, eos_ids),
-                 "transformers": partial(padded_answer, theirs, prompts, args.new_tokens, eos_ids)}
-        seconds, peaks, answers = measure(sides, 3, compute)
-        same = sum(a == b for a, b in zip(*answers.values()))
-        print(f"  {same} of {args.prompts} answers are the same")
-        report(f"decoding, {shape}, {args.prompts} prompts", seconds, peaks)
-        del ours, theirs, sides
+            lengths = np.linspace(20, 150, args.prompts).astype(int)
+            prompts = [torch.randint(1, vocabulary, (length,)).tolist() for length in lengths]
+            whole = our_answers(folder, compute, prompts, args.new_tokens, ())(0)
+            eos_ids = tuple(choose_eos_ids(whole, args.new_tokens))
+            arguments = folder, compute, prompts, args.new_tokens, eos_ids
+            sides = {"sevloss": partial(our_answers, *arguments),
+                     "transformers": partial(their_answers, *arguments)}
+            seconds, peaks, answers = measure(sides, 3, compute)
+            same = sum(a == b for a, b in zip(answers["sevloss"][0], answers["transformers"][0]))
+            print(f"  {same} of {args.prompts} answers are the same")
+            report(f"decoding, {shape}, {args.prompts} prompts", seconds, peaks)
 
         # the head and the loss alone
-        width = config.get("n_embd") or config.get("hidden_size")
-        seconds, peaks, _ = measure(loss_sides(compute, args.rows, width, vocabulary), 5, compute)
-        report(f"loss, {args.rows:,} × {width} × {vocabulary:,}, against plain logits", seconds, peaks)
+        arguments = compute, args.rows, config.get("n_embd") or config.get("hidden_size"), vocabulary
+        sides = {"sevloss": partial(loss_step, our_loss, *arguments),
+                 "plain logits": partial(loss_step, plain_loss, *arguments)}
+        seconds, peaks, losses = measure(sides, 5, compute)
+        check_equal(losses, compute)
+        report(f"loss, {args.rows:,} × {arguments[2]} × {vocabulary:,}", seconds, peaks)
 
 
 if __name__ == "__main__":

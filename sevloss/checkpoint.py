@@ -23,7 +23,7 @@ from sevloss.inputs import hub
 
 # The number of steps may grow; --lr may change where the numbers had left their range
 FREE_ON_RESUME = ("resume", "out", "save_every", "device", "dtype", "micro_tokens", "gradient_checkpointing",
-                  "merge", "deterministic", "epochs", "max_steps")
+                  "compile", "deterministic", "merge", "epochs", "max_steps")
 BEGUN = {".lock", "run.json", "metrics.jsonl", "state"}  # what a start leaves that was stopped before a save
 CHECKSUM = 32  # bytes of SHA-256
 

@@ -136,6 +136,17 @@ def test_training_step_with_checkpointing(name, compute):
     compare_steps(models, compute)
 
 
+@pytest.mark.parametrize("name, checkpointing", [("gpt2", True), ("bloom", False), ("qwen3", False), ("lfm2", False)])
+def test_training_step_with_compiled_blocks(name, checkpointing, compute):
+    """finetune.py --compile. Compiling takes some seconds each time."""
+    on_cpu, on_cuda = two_models(CAUSAL[name])
+    if checkpointing:
+        enable_gradient_checkpointing(on_cuda)
+    for block in on_cuda.blocks:
+        block.compile(dynamic=True)
+    compare_steps((on_cpu, on_cuda), compute)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "bloom"])
 def test_training_step_with_lora(name, compute):
     """The base is in the dtype it is computed in, as finetune.py holds it."""

@@ -21,7 +21,7 @@ from sevloss.loss import severity_weights
 
 # Runs of one setting may differ in these; the fingerprint of the data stands for the last three.
 FREE_ARGUMENTS = ("seed", "out", "resume", "save_every", "device", "micro_tokens", "gradient_checkpointing",
-                  "merge", "data", "columns", "classifier")
+                  "compile", "merge", "data", "columns", "classifier")
 
 
 # --- answers, as they are stored ----------------------------------------------------------------------------
