@@ -88,7 +88,8 @@ class Layer(nn.Module):
         self.output = Output(config, config.intermediate_size)
 
     def forward(self, h, sequences):
-        h = self.attention["output"](self.attention["self"](h, sequences), h)
+        attended = self.attention["self"](h, sequences)
+        h = self.attention["output"](attended, h)
         inner = F.gelu(self.intermediate["dense"](h))  # (N, inner)
         return self.output(inner, h)
 
@@ -167,4 +168,5 @@ class Bert(nn.Module):
             sums = sums.index_add(0, sequences.sequence_ids, h.float())  # (B, D)
             return self.mean_classifier(self.dropout(sums / sequences.seqlens[:, None]))
         first = h.index_select(0, sequences.cu_seqlens[:-1])  # (B, D)
-        return self.classifier(self.dropout(self.bert["pooler"]["dense"](first).tanh()))
+        pooled = self.bert["pooler"]["dense"](first).tanh()
+        return self.classifier(self.dropout(pooled))

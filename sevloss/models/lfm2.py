@@ -152,14 +152,11 @@ class Lfm2(nn.Module):
     @staticmethod
     def normalize_config(raw, names):
         """Old files: block_ff_dim, full_attn_idxs and tie_embedding, which go before the new names."""
-        raw = dict(raw)
-        if "block_ff_dim" in raw:
-            raw["intermediate_size"] = raw["block_ff_dim"]
+        new_names = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
+        raw = raw | {new: raw[old] for old, new in new_names.items() if old in raw}
         if raw.get("full_attn_idxs") is not None:
             layers = range(raw.get("num_hidden_layers", 0))
             raw["layer_types"] = ["full_attention" if i in raw["full_attn_idxs"] else "conv" for i in layers]
-        if "tie_embedding" in raw:
-            raw["tie_word_embeddings"] = raw["tie_embedding"]
         return raw
 
     @property
