@@ -98,7 +98,7 @@ def rate(values, weights=1.0):
     design_effect = (1 + n * (n - 1) * result.error**2) / (1 + n * spread)
     ratio = student_quantile(0.05, result.df) ** 2 * design_effect / max(1.0, n)  # z^2 / n
     center, margin = result.value + ratio / 2, math.sqrt(ratio * (spread + ratio / 4))
-    return result._replace(low=max(center - margin, 0.0) / (1 + ratio), high=(center + margin) / (1 + ratio))
+    return result._replace(low=max(0.0, center - margin) / (1 + ratio), high=(center + margin) / (1 + ratio))
 
 
 def detectable_difference(result, alpha=0.05):
