@@ -123,7 +123,9 @@ def test_invariances(rng, groups):
     scaled = {key: 7 * value for key, value in groups.items() if key != "counts"}
     if scaled:
         assert compare.paired_t(a, b, **scaled) == pytest.approx(result)
-    assert compare.paired_t(3 * a, 3 * b, **groups)[3:] == pytest.approx((3 * result.error, *result[4:]))
+    tripled = compare.paired_t(3 * a, 3 * b, **groups)
+    assert tripled[3:8] == pytest.approx((3 * result.error, *result[4:8]))
+    assert tripled.sd_seeds == pytest.approx(3 * result.sd_seeds)
 
 
 def test_a_group_is_as_its_rows_alone(rng):

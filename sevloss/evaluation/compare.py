@@ -31,6 +31,7 @@ class Estimate(NamedTuple):
     rows: float  # Kish's effective number; of two groups the smaller one
     seeds: int  # that the interval includes beside the rows; 0: it is about these very runs
     p: float = math.nan  # two-sided, before `holm`; nan where nothing is tested
+    sd_seeds: float = math.nan  # standard deviation between runs, where there are two or more
 
 
 def estimate(values, counts=1.0, weights=1.0, minus=None):
@@ -46,8 +47,9 @@ def estimate(values, counts=1.0, weights=1.0, minus=None):
         scores, influence, rows = scores - other_scores, influence - other_influence, min(rows, other_rows)
     value = float(scores.mean())
     seeds = len(values) if len(values) >= FEWEST_SEEDS else 0
+    spread = float(scores.std(ddof=1)) if len(values) > 1 else math.nan
     if rows < FEWEST_ROWS:
-        return Estimate(value, math.nan, math.nan, math.nan, math.nan, rows, seeds)
+        return Estimate(value, math.nan, math.nan, math.nan, math.nan, rows, seeds, sd_seeds=spread)
 
     df = rows - 1
     variance = of_rows = float((influence.mean(0) ** 2).sum())
@@ -59,7 +61,7 @@ def estimate(values, counts=1.0, weights=1.0, minus=None):
         df = max(seeds - 1.0, variance**2 / squares) if squares else df
     error = math.sqrt(variance)
     margin = student_quantile(0.05, df) * error
-    return Estimate(value, value - margin, value + margin, error, df, rows, seeds)
+    return Estimate(value, value - margin, value + margin, error, df, rows, seeds, sd_seeds=spread)
 
 
 def row_influence(values, counts, weights):
