@@ -51,6 +51,7 @@ def parse_arguments():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; parameters stay fp32")
+    add("--deterministic", action="store_true", help="only operations that give the same bits every time")
     add = parser.add_argument_group("run and annotation").add_argument
     add("--out", metavar="RUN", help="run folder; default runs/classifier-001 and so on")
     add("--folds", type=int, default=0, metavar="K", help="also train K models for out-of-fold probabilities")
@@ -124,7 +125,7 @@ class Fitted:
 def fit(args, compute, train, validation, preprocess, seed, *, name, log=None):
     """Trains on the pairs `train` and keeps the epoch with the lowest NLL on the pairs `validation`: Fitted.
 
-    name: of the progress bar; log: an open file that gets a line of JSON per optimizer step.
+    name: of the progress bar; log: a file that gets a line of JSON per optimizer step.
     """
     # ---- model and data
     complaints, targets = soft_targets(train)
@@ -191,7 +192,7 @@ def fit(args, compute, train, validation, preprocess, seed, *, name, log=None):
             bar.set_postfix_str(f"loss {step_loss:.3f}", refresh=False)
             bar.update()
             if log:
-                log.write(json.dumps({
+                checkpoint.append(log, json.dumps({
                     "seed": seed, "step": step, "loss": step_loss, "lr": lr,
                     "grad_norm": grad_norm if finite else None,
                     "examples": len(indices), "tokens": len(tokens),
@@ -280,19 +281,22 @@ def main():
     if annotate_only and not (Path(args.ckpt) / "classifier.json").is_file():
         raise InputError(f"{args.ckpt} is no finished run of this script, so it cannot annotate: give one, "
                          "or --data to train one first")
-    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
+    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny",
+                            deterministic=args.deterministic)
     print(compute)
-    run = Path(args.ckpt) if annotate_only else train_and_save(args, compute)
+    run = Path(args.ckpt)
+    if not annotate_only:
+        with checkpoint.open_run(args.out, "classifier") as run:
+            train_and_save(args, compute, run)
     if args.annotate:
         classifier = annotate.Classifier.load(run, compute)
         columns = tables.parse_columns(args.columns) if annotate_only else {}
         annotate.annotate_table(classifier, args.annotate, args.to, columns, compute)
 
 
-def train_and_save(args, compute):
-    """Trains, scores, and writes the run folder; returns its path."""
+def train_and_save(args, compute, run):
+    """Trains, scores, and writes the run folder."""
     # ---- data
-    run = checkpoint.new_run(args.out, "classifier", resume=False)
     table = args.data or tables.SAMPLE
     pairs = tables.read_pairs(table, needed=("complaint", "severity"),
                               columns=tables.parse_columns(args.columns))
@@ -328,13 +332,14 @@ def train_and_save(args, compute):
     best = None
     best_nll = math.inf
     scores_by_seed = {}
-    with open(run / "metrics.jsonl", "w", encoding="utf-8") as log:
-        for seed in args.seed:
-            fitted = fit(args, compute, train, validation, preprocess, seed, name=f"seed {seed}", log=log)
-            scores_by_seed[seed] = scores(fitted.logits / fitted.temperature, labels_of(validation))
-            if scores_by_seed[seed]["nll"] < best_nll:
-                best = fitted
-                best_nll = scores_by_seed[seed]["nll"]
+    log = run / "metrics.jsonl"
+    checkpoint.write_lines(log, [])
+    for seed in args.seed:
+        fitted = fit(args, compute, train, validation, preprocess, seed, name=f"seed {seed}", log=log)
+        scores_by_seed[seed] = scores(fitted.logits / fitted.temperature, labels_of(validation))
+        if scores_by_seed[seed]["nll"] < best_nll:
+            best = fitted
+            best_nll = scores_by_seed[seed]["nll"]
     best.model.raw_config["sevloss"] = {"preprocess": preprocess}
     save_model(best.model, best.tokenizer, run)
     if len(args.seed) > 1:
@@ -360,28 +365,29 @@ def train_and_save(args, compute):
     if args.folds:
         ids = [data.complaint_id(pair.complaint) for pair in scored]
         out_of_fold_probabilities = dict(zip(ids, calibrated.softmax(-1).tolist()))
+    report.write_classifier_report(run, scored, logits, encoder=args.ckpt, basis=basis)
     checkpoint.write_json(run / "classifier.json", {
         "temperature": best.temperature, "scores": {name: scores(z, labels) for name, z in logits.items()},
         "seeds": {str(seed): seed_scores for seed, seed_scores in scores_by_seed.items()},
         "out_of_fold": out_of_fold_probabilities, "trained_on": sorted(trained_on | known),
         "split_rule": data.SPLIT_RULE})
-    report.write_classifier_report(run, scored, logits, encoder=args.ckpt, basis=basis)
     print(f"\n{basis}\n")
     print(terminal.table(["model", *report.SCORE_NAMES.values()], report.score_rows(logits, labels)))
     confusion = confusion_matrix(calibrated.argmax(-1), labels).tolist()
+    for warning in report.warnings(calibrated.softmax(-1), labels):
+        print(f"  warning: {warning}")
     print("\nconfusion (rows: true class, columns: predicted)")
     print(terminal.table(["", *CLASSES], [[name, *row] for name, row in zip(CLASSES, confusion)]))
     print(f"\nwrote {run} (model, report.html); {compute.peak_memory()}")
     print(f"next: python finetune.py --classifier {run}")
-    return run
 
 
 def print_seeds(scores_by_seed):
     """Mean and standard deviation of each score over the seeds."""
     parts = []
-    for key, name in report.SCORE_NAMES.items():
+    for key in ("accuracy", "macro_f1", "auc", "nll", "brier"):
         values = torch.tensor([seed_scores[key] for seed_scores in scores_by_seed.values()])
-        parts.append(f"{name} {values.mean():.4f} (sd {values.std():.4f})")
+        parts.append(f"{report.SCORE_NAMES[key]} {values.mean():.4f} (sd {values.std():.4f})")
     print(f"{len(scores_by_seed)} seeds, calibrated, on validation: {', '.join(parts)}")
 
 
