@@ -337,7 +337,7 @@ def test_the_first_visible_sheet_with_the_roles(tmp_path, capsys):
     assert [(p.row, p.complaint, p.response) for p in read(table)] == [(4, *TEXTS[0]), (5, *TEXTS[1])]
     assert "sheet 'data', header in row 3: complaint = 'Question'" in capsys.readouterr().out
     write_workbook(table, ("old", "hidden", QA, ()), notes)
-    with pytest.raises(InputError, match="sheet 'notes' has no column for the complaint; it has How it was"):
+    with pytest.raises(InputError, match="sheet 'notes', header in row 1 has no column for the complaint; it has How it was"):
         read(table)
     write_workbook(table, ("old", "hidden", QA, ()))
     with pytest.raises(InputError, match="no sheet that is not hidden"):
