@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, checkpoint, data, flush_to_disk, lock, stop
+from sevloss import InputError, checkpoint, data, flush_to_disk, interpreting, lock, stop
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
@@ -71,13 +72,15 @@ class Classifier:
         result = hub.read_json(run / "classifier.json")
         data.check_split_rule(result.get("split_rule"), run)
         model = load_model(run, device=compute.device)
-        try:
-            return cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
-                       min(run_json["max_length"], model.config.context), result["out_of_fold"],
-                       set(result["trained_on"]))
-        except KeyError as error:
-            message = f"{run} is broken, its run.json or classifier.json lacks {error}: train it again"
-            raise InputError(message) from error
+        with interpreting(f"run.json or classifier.json of {run}", "train it again"):
+            loaded = cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
+                         min(run_json["max_length"], model.config.context), result["out_of_fold"],
+                         set(result["trained_on"]))
+            if not (0 < loaded.temperature < math.inf and loaded.max_length >= 8
+                    and loaded.preprocess in ("arabert", "none") and model.config.num_labels == 3
+                    and all(len(p) == 3 and min(p) >= 0 for p in loaded.out_of_fold.values())):
+                raise ValueError("temperature, max_length, preprocess, probabilities or classes out of range")
+            return loaded
 
     def probabilities(self, complaints, compute, progress=None):
         """(n, 3) calibrated probabilities of (non-critical, neutral, critical), those out of fold where the
@@ -128,7 +131,8 @@ def _annotate_table(classifier, table, to, columns, compute):
     done = Counter()  # rows, bytes, and how many complaints were cut, seen, labelled
     before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
     if before.get("inputs") == inputs:
-        done.update(before["done"])
+        with interpreting(journal, f"remove {partial}"):
+            done.update({name: int(count) for name, count in before["done"].items()})
         print(f"{to}: going on after row {done['rows']:,}")
 
     # The next rows; a table that cannot be read is refused before anything is written
