@@ -243,6 +243,7 @@ def train(args, run):
     reading = dict(needed=("complaint", "response"), probabilities=probabilities, columns=columns)
     validation = None
     if args.validation:
+        data.file_fingerprint(args.validation)  # refuses one that is not there, before anything is computed
         validation = dict(path=args.validation, needed=reading["needed"],
                           columns=tables.parse_columns(args.columns))
 

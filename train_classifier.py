@@ -75,8 +75,8 @@ def parse_arguments():
         raise InputError("--annotate TABLE and --to FILE belong together")
     if args.folds == 1 or args.folds < 0:
         raise InputError("--folds takes 2 or more")
-    if min(args.seed) < 0:
-        raise InputError(f"--seed must be at least 0, not {min(args.seed)}")
+    if not all(0 <= seed < 2 ** 63 for seed in args.seed):
+        raise InputError(f"--seed must be at least 0 and below 2 ** 63, not {args.seed}")
     if args.max_length < 8 or args.label_smoothing >= 1:
         raise InputError("--max-length must be at least 8, --label-smoothing less than 1")
     return args

@@ -209,7 +209,7 @@ def test_an_adapter_on_an_adapter(adapted, golden, tmp_path):
 
 
 @pytest.mark.parametrize("base, message", [
-    ("/home/someone/base", "is neither a folder.*adapter_config.json names it as the base: correct"),
+    ("/home/someone/base", "adapter_config.json names this base: correct base_model_name_or_path.*is neither a folder"),
     ("{folder}", "names itself as its base"), (5, "adapter_config.json cannot be used .TypeError")])
 def test_a_base_that_is_not_there(from_peft, base, message):
     folder = from_peft("gpt2")

@@ -360,7 +360,7 @@ def test_long_cells_are_cut_and_counted(write_table, capsys):
     pairs = tables.read_pairs(table, needed=BOTH, columns=dict(complaint="question", response="answer"))
     data.complaint_id(pairs[0].complaint)
     assert len(pairs[0].complaint) == tables.LONGEST_CELL and time.perf_counter() - began < 5
-    assert "1 with a cell cut to 32,767 characters (row 2)" in capsys.readouterr().out
+    assert "1 with a cell cut to 16,000 characters (row 2)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])

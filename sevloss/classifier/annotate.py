@@ -73,7 +73,7 @@ class Classifier:
         data.check_split_rule(result.get("split_rule"), run)
         model = load_model(run, device=compute.device)
         with interpreting(f"run.json or classifier.json of {run}", "train it again"):
-            loaded = cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
+            loaded = cls(run, model, load_tokenizer(run), float(result["temperature"]), run_json["preprocess"],
                          min(run_json["max_length"], model.config.context), result["out_of_fold"],
                          set(result["trained_on"]))
             if not (0 < loaded.temperature < math.inf and loaded.max_length >= 8

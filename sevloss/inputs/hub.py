@@ -62,7 +62,7 @@ def folders(ckpt) -> list[Path]:
         try:
             folder = folder or _download(full_name(base))
         except InputError as error:
-            message = f"{error}; {path} names it as the base: correct base_model_name_or_path there"
+            message = f"{path} names this base: correct base_model_name_or_path there if need be; {error}"
             raise type(error)(message) from error
         if folder in found:
             raise InputError(f"{path} names itself as its base: correct base_model_name_or_path there")

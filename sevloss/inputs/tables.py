@@ -38,7 +38,7 @@ LABELS = {"noncritical": 0, "neutral": 1, "critical": 2, "غيرحرج": 0, "م�
 NO_VALUE = ("nan", "none", "null", "n/a", "na", "<na>", "nat", "#n/a")  # what pandas writes and reads for it
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}
 
-LONGEST_CELL = 32_767  # characters; a spreadsheet's limit
+LONGEST_CELL = 16_000  # characters
 MOST_COLUMNS = 1000
 MOST_CELLS = 30_000_000  # of a sheet, empty ones included: each takes 32 bytes
 
@@ -85,7 +85,7 @@ def read_rows(path, needed=(), columns=None):
     for name, lines in _reading(path, ways):
         lines = _reading(path, lines)
         try:
-            number, header = next(_lines_with_text(lines), (0, []))
+            number, header = next(_lines_with_text(islice(lines, 1000)), (0, []))
         except InputError as error:
             failure = error
             continue

@@ -183,7 +183,7 @@ def build(family, raw):
     with torch.device("meta"):  # the values come later
         model = family(config)
     for i in eos_ids(model):
-        if not 0 <= i < config.vocab_size:
+        if not (isinstance(i, int) and 0 <= i < config.vocab_size):
             raise InputError(f"config.json gives eos_token_id {i}, outside the vocabulary of "
                              f"{config.vocab_size}")
     derived = ("num_labels", "pooler", "pooling")  # not of config.json

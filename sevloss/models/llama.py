@@ -72,6 +72,7 @@ def rope_settings(config):
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         raise InputError(f"rotary positions of type {rope['rope_type']!r} in config.json are not known; "
                          "known: default, linear, llama3")
+    rotary_angles(rope, torch.zeros(1), 2)  # what is missing is missed here
     return rope
 
 

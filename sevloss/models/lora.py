@@ -128,10 +128,11 @@ def load(model, folder):
     # what they are
     path = Path(folder) / "adapter_config.json"
     config = hub.read_json(path)
-    for key in sorted(config.keys() - {*READ, *WITHOUT_EFFECT}):
-        if json.dumps(config[key]) not in ALLOWED.get(key, OFF):
-            raise InputError(f"{folder}: adapters with {key} {config[key]!r} are not known; "
-                             "merge them with the package that made them")
+    unknown = [f"{key} {value!r}" for key, value in config.items() if key not in (*READ, *WITHOUT_EFFECT)
+               and json.dumps(value) not in ALLOWED.get(key, OFF)]
+    if unknown:
+        raise InputError(f"{folder}: adapters with {', '.join(unknown)} are not known; "
+                         "merge them with the package that made them")
     with interpreting(path):
         r, alpha = config["r"], config["lora_alpha"]
         if not (0 < r < 10_000 and math.isfinite(alpha) and config["target_modules"]):
