@@ -32,8 +32,8 @@ from sevloss.models import from_scratch, load_model, load_tokenizer, lora, save_
 from sevloss.models.tiny import tiny_bert, tiny_gpt2
 
 TEXTS = ["عندي صداع منذ يومين", "اشرب الماء واسترح", "ألم شديد في الصدر", "راجع الطوارئ الآن"] * 3
-VALUES = (None, True, False, 0, -1, 7, 0.5, 1e999, -1e308, float("nan"), 10 ** 30, 2 ** 63, "", "x", "ا" * 500,
-          [], [1], [[]], {}, {"a": None}, "<" * 3000, "9" * 3000, "../x", "a\x00b", "\x1b[31m")
+VALUES = (None, True, False, 0, -1, 7, 0.5, 1e999, -1e308, float("nan"), 10 ** 30, 2 ** 63, "", "x",
+          "ا" * 500, [], [1], [[]], {}, {"a": None}, "<" * 3000, "9" * 3000, "../x", "a\x00b", "\x1b[31m")
 SECONDS = 10  # a case may take
 
 
@@ -44,8 +44,8 @@ def make_sources(folder):
     torch.manual_seed(0)
     _, tokenizer = tiny_gpt2(TEXTS, vocab_size=300)
     size = tokenizer.get_vocab_size()
-    gpt2 = from_scratch(dict(model_type="gpt2", vocab_size=size, n_positions=64, n_embd=8, n_layer=1, n_head=2,
-                             eos_token_id=0))
+    gpt2 = from_scratch(dict(model_type="gpt2", vocab_size=size, n_positions=64, n_embd=8, n_layer=1,
+                             n_head=2, eos_token_id=0))
     llama = from_scratch(dict(model_type="llama", vocab_size=size, hidden_size=8, intermediate_size=8,
                               num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
                               rope_parameters={"rope_type": "default", "rope_theta": 100.0}, eos_token_id=0))
@@ -251,7 +251,8 @@ def fuzz(cases, seed, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -95,7 +95,7 @@ WRONG_VALUES = [
     ("adapter", "adapter_config.json", "peft_type", [None, "LOHA", 5]),
     ("adapter", "adapter_config.json", "init_lora_weights", ["pissa", "olora", 5]),
     ("adapter", "adapter_config.json", "anything", [True, 1, "x", [0], {"a": 1}]),
-    ("classifier", "classifier.json", "temperature", [None, 0, -1, float("nan"), float("inf"), "1", []]),
+    ("classifier", "classifier.json", "temperature", [None, 0, -1, float("nan"), float("inf"), 10 ** 30, "1", []]),
     ("classifier", "classifier.json", "split_rule", [None, 99, "x"]),
     ("classifier", "classifier.json", "trained_on", [None, 5, [[]]]),
     ("classifier", "classifier.json", "out_of_fold", [None, 5, [], {"a": [1, 0]}, {"a": 5}, {"a": [float("nan"), 0, 1]},

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -73,10 +72,10 @@ class Classifier:
         data.check_split_rule(result.get("split_rule"), run)
         model = load_model(run, device=compute.device)
         with interpreting(f"run.json or classifier.json of {run}", "train it again"):
-            loaded = cls(run, model, load_tokenizer(run), float(result["temperature"]), run_json["preprocess"],
+            loaded = cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
                          min(run_json["max_length"], model.config.context), result["out_of_fold"],
                          set(result["trained_on"]))
-            if not (0 < loaded.temperature < math.inf and loaded.max_length >= 8
+            if not (0 < loaded.temperature < 1e6 and loaded.max_length >= 8
                     and loaded.preprocess in ("arabert", "none") and model.config.num_labels == 3
                     and all(len(p) == 3 and min(p) >= 0 for p in loaded.out_of_fold.values())):
                 raise ValueError("temperature, max_length, preprocess, probabilities or classes out of range")
