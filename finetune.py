@@ -16,7 +16,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal
+from sevloss import (
+    InputError,
+    check_positive,
+    checkpoint,
+    data,
+    device,
+    distributed,
+    open_to_append,
+    report_errors,
+    terminal,
+)
 from sevloss.classifier import annotate
 from sevloss.evaluation import scores
 from sevloss.inputs import tables
@@ -82,6 +92,7 @@ def parse_arguments():
     add("--micro-tokens", type=int, default=4096, help="at most so many tokens in memory at once")
     add("--gradient-checkpointing", action="store_true", help="less memory: compute each block twice")
     add("--compile", action="store_true", help="on a GPU: steps in 0.5 to 0.7 of the time, but a slow start")
+    add("--shard", action="store_true", help="with torchrun: each rank holds its part of the model (FSDP2)")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
     add("--save-every", type=int, metavar="STEPS", help="validate and save this often; default once an epoch")
@@ -148,7 +159,10 @@ def make_model(args, compute, table, reading):
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.ckpt}: {parameters:,} parameters, {trainable:,} ({trainable / parameters:.2%}) learn, "
           f"vocabulary {len(model.head_weight):,}, preprocessing {preprocess}")
-    return model.to(compute.device), tokenizer, preprocess
+    model.to(compute.device)
+    if args.shard:
+        distributed.shard(model, compute)
+    return model, tokenizer, preprocess
 
 
 # --- the pieces of the loop ---------------------------------------------------------------------------------
@@ -169,7 +183,8 @@ def show_weights(weights, coefficients):
 def step_batches(examples, token_weights, args, compute, first_step):
     """Yields (indices of the examples, their micro-batches on the device) of each optimizer step.
 
-    Each epoch has an order of its own, made of seed and epoch; its last step may have fewer examples.
+    Each epoch has an order of its own, made of seed and epoch; its last step may have fewer examples. With
+    several ranks the micro-batches are this rank's.
     """
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     order = None
@@ -178,7 +193,7 @@ def step_batches(examples, token_weights, args, compute, first_step):
         if order is None or step_of_epoch == 0:
             order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
         indices = order[step_of_epoch * args.batch_size:(step_of_epoch + 1) * args.batch_size]
-        parts = data.micro_batches(examples.input_lengths, indices, args.micro_tokens)
+        parts = distributed.micro_batches(examples.input_lengths, indices, args.micro_tokens)
         yield indices, [data.make_batch(examples, part, compute.device, token_weights) for part in parts]
 
 
@@ -209,8 +224,8 @@ def main():
     args = parse_arguments()
     coefficients = parse_weighting(args.weighting)
     weighted = len(set(coefficients)) > 1
-    run = checkpoint.new_run(args.out, "finetune", args.resume)
-    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
+    compute = device.choose(distributed.start(args.device), args.dtype, small=args.ckpt == "tiny")
+    run = distributed.on_rank_0(lambda: checkpoint.new_run(args.out, "finetune", args.resume))
     print(compute)
     if args.compile and compute.device.type != "cuda":
         raise InputError("--compile is for a GPU: on a CPU every batch would be compiled anew")
@@ -234,8 +249,9 @@ def main():
     # ---- data: table -> pairs -> splits -> ids
     encoding = dict(max_length=min(args.max_length, model.config.context), eos_id=eos_ids(model)[0],
                     preprocess=preprocess)
-    encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
-                                 supervise=args.supervise, train_rows=args.train_rows)
+    with distributed.rank_0_first():
+        encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
+                                     supervise=args.supervise, train_rows=args.train_rows)
     examples = encoded.train
     print(f"{len(examples):,} pairs to train on, {len(encoded.validation):,} to validate on, "
           f"{encoded.test_rows:,} kept for evaluate.py")
@@ -269,7 +285,7 @@ def main():
             run, "finetune.py", vars(args), coefficients=coefficients, preprocess=preprocess,
             prompt=data.PROMPT, compute=str(compute), table=str(table), columns=columns, steps=steps,
             data_fingerprint=encoded.fingerprint)
-    metrics_file = open(run / "metrics.jsonl", "a", encoding="utf-8")
+    metrics_file = open_to_append(run / "metrics.jsonl")
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
 
     # ---- the loop: an optimizer step a turn
@@ -290,6 +306,8 @@ def main():
         # forward and backward of each micro-batch; gradients add up
         step_loss = torch.zeros((), device=compute.device)
         for batch in micro_batches:
+            if args.shard:
+                model.set_requires_gradient_sync(batch is micro_batches[-1])
             with compute.autocast():
                 hidden = model(batch.tokens, batch.lengths)  # (N, D)
                 hidden = hidden.index_select(0, batch.supervised_index)  # (S, D)
@@ -298,9 +316,13 @@ def main():
             scaler.scale(loss).backward()
             step_loss += loss.detach()
 
+        # the sum over the ranks
+        distributed.add_up_gradients(trainable)
+        distributed.add_up(step_loss)
+
         # clip; the next step's batches are made while the device works; then its one transfer to the host
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, args.clip)
+        grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trainable, args.clip))
         upcoming = next(batches)
         step_loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()
 

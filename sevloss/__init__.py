@@ -26,8 +26,15 @@ def check_positive(args, *names, or_zero=()):
         raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
+def is_rank_0():
+    """Of the processes that torchrun started this one writes and prints; without torchrun: yes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def write_atomically(path, write):
     """write(temporary path), then a rename: the file is the old one or the new one, never half of it."""
+    if not is_rank_0():
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -38,6 +45,11 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
+def open_to_append(path):
+    """`path` for text, UTF-8, line by line; nowhere on a rank that does not write."""
+    return open(path if is_rank_0() else os.devnull, "a", encoding="utf-8", newline="")
+
+
 def report_errors(main):
     """Decorates a script's main(): InputError becomes a line and exit code 2, Ctrl-C a line and code 130."""
     @functools.wraps(main)
@@ -45,7 +57,8 @@ def report_errors(main):
         try:
             main()
         except (InputError, OSError) as error:  # OSError: a full disk, a folder where a file should be
-            print(f"error: {error}", file=sys.stderr)
+            rank = "" if is_rank_0() else f"rank {os.environ['RANK']}: "
+            print(f"{rank}error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("\nstopped by Ctrl-C; what was saved before stays", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sevloss import InputError, write_atomically
+from sevloss import InputError, distributed, write_atomically
 from sevloss.data import SPLIT_RULE, check_split_rule
 from sevloss.inputs import hub
 
@@ -101,8 +101,8 @@ def save_state(run, model, optimizer, scaler, progress):
     (run / "state").mkdir(exist_ok=True)
     state = {
         "progress": progress,
-        "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
-        "optimizer": optimizer.state_dict(),
+        "model": {name: distributed.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad},
+        "optimizer": distributed.whole_state(optimizer.state_dict()),
         "scaler": scaler.state_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -119,8 +119,7 @@ def load_state(run, model, optimizer, scaler):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what broken files raise has no common class
         raise InputError(f"--resume: {path} is broken; start a new run, with {run} as --ckpt") from error
-    model.load_state_dict(state["model"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
+    distributed.load_whole(model, optimizer, state["model"], state["optimizer"])
     if state["scaler"]:  # empty where there was nothing to scale
         scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])

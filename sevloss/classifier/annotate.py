@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, checkpoint, data
+from sevloss import InputError, checkpoint, data, distributed
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
@@ -29,15 +29,19 @@ def class_logits(model, id_lists, compute, *, max_tokens=8192, progress=None):
     model.eval()
     order, parts = [], []
     with compute.autocast():
-        for batch in data.micro_batches([len(ids) for ids in id_lists], range(len(id_lists)), max_tokens):
+        lengths = [len(ids) for ids in id_lists]
+        for batch in distributed.micro_batches(lengths, range(len(id_lists)), max_tokens):
+            if not batch:  # of another rank alone
+                continue
             tokens, lengths = data.pack([id_lists[i] for i in batch], compute.device)
             parts.append(model.classify(tokens, lengths).float())  # (B, 3)
             order += batch
             if progress is not None:
                 progress.update(len(batch))
-    logits = torch.empty(len(id_lists), 3)
-    logits[order] = torch.cat(parts).cpu()  # the only wait for the device
-    return logits
+    logits = torch.zeros(len(id_lists), 3)
+    if order:
+        logits[order] = torch.cat(parts).cpu()  # the only wait for the device
+    return distributed.add_up(logits)
 
 
 def encode_complaints(tokenizer, complaints, *, preprocess, max_length):
