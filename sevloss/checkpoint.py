@@ -101,7 +101,7 @@ def save_state(run, model, optimizer, scaler, progress):
     (run / "state").mkdir(exist_ok=True)
     state = {
         "progress": progress,
-        "model": {name: distributed.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad},
+        "model": weights,
         "optimizer": distributed.whole_state(optimizer.state_dict()),
         "scaler": scaler.state_dict(),
         "rng": torch.get_rng_state(),
