@@ -23,8 +23,8 @@ from sevloss import (
     data,
     device,
     distributed,
-    open_to_append,
     report_errors,
+    stop,
     terminal,
 )
 from sevloss.classifier import annotate
@@ -92,11 +92,13 @@ def parse_arguments():
     add("--micro-tokens", type=int, default=4096, help="at most so many tokens in memory at once")
     add("--gradient-checkpointing", action="store_true", help="less memory: compute each block twice")
     add("--compile", action="store_true", help="on a GPU: steps in 0.5 to 0.7 of the time, but a slow start")
+    add("--deterministic", action="store_true", help="only operations that give the same bits every time")
     add("--shard", action="store_true", help="with torchrun: each rank holds its part of the model (FSDP2)")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
     add("--save-every", type=int, metavar="STEPS", help="validate and save this often; default once an epoch")
-    add("--resume", action="store_true", help="go on with the run in --out, with the same arguments")
+    add("--resume", action="store_true", help="go on with the run in --out, with the same arguments; "
+        "more --epochs or --max-steps make it longer")
 
     recipe = parser.parse_known_args()[0].recipe
     parser.set_defaults(**RECIPES[recipe])
@@ -204,28 +206,40 @@ def validate_and_save(run, model, tokenizer, optimizer, scaler, validation, comp
     """
     nll = scores.per_token(scores.response_nll(model, validation, compute), validation.target_counts)["nll"]
     if not math.isfinite(nll):
-        raise InputError(f"the validation NLL is {nll} after step {progress['step']}: lower --lr; nothing "
-                         "was saved since the last validation")
-    better = nll < progress["best"]
-    if better:
+        raise checkpoint.not_finite(run, f"the validation NLL is {nll} after step {progress['step']}")
+    if nll < progress["best"]:
         progress["best"] = nll
         progress["best_step"] = progress["step"]
     progress["validation"].append([progress["step"], nll])
     checkpoint.save_state(run, model, optimizer, scaler, progress)
-    if better:
+    save_best(run, model, tokenizer, progress)
+    best = " (best)" if progress["best_step"] == progress["step"] else ""
+    skipped = progress["step"] - progress["updates"]
+    return (f"step {progress['step']}: validation NLL {nll:.4f} per token{best}"
+            + (f"; fp16 has skipped {skipped} steps" if skipped else ""))
+
+
+def save_best(run, model, tokenizer, progress):
+    """What follows the state: the model, if its step is the best, and validation.json."""
+    if progress["best_step"] == progress["step"]:
         save_model(model, tokenizer, run)
     checkpoint.write_json(run / "validation.json", progress["validation"])
-    return f"step {progress['step']}: validation NLL {nll:.4f} per token{' (best)' if better else ''}"
 
 
 @report_errors
 def main():
-    # ---- configuration
     args = parse_arguments()
+    args.device = distributed.start(args.device)
+    with checkpoint.open_run(args.out, "finetune", args.resume) as run:
+        train(args, run)
+
+
+def train(args, run):
+    # ---- configuration
     coefficients = parse_weighting(args.weighting)
     weighted = len(set(coefficients)) > 1
-    compute = device.choose(distributed.start(args.device), args.dtype, small=args.ckpt == "tiny")
-    run = distributed.on_rank_0(lambda: checkpoint.new_run(args.out, "finetune", args.resume))
+    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny",
+                            deterministic=args.deterministic)
     print(compute)
     if args.compile and compute.device.type != "cuda":
         raise InputError("--compile is for a GPU: on a CPU every batch would be compiled anew")
@@ -258,6 +272,8 @@ def main():
 
     # ---- severity -> weight of each example -> weight of each of its tokens, the normalisation folded in
     weights = severity_weights(torch.tensor(examples.probabilities), coefficients)  # (n, 3) -> (n,)
+    if not weights.any():
+        raise InputError(f"--weighting {args.weighting} gives every example the weight 0: nothing to learn")
     show_weights(weights, coefficients)
     token_weights = weights.numpy()
     if args.normalise == "example":
@@ -272,25 +288,26 @@ def main():
     save_every = args.save_every or steps_per_epoch
 
     # ---- resume, or begin
+    facts = dict(coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT, compute=str(compute),
+                 table=str(table), columns=columns, steps=steps, data_fingerprint=encoded.fingerprint,
+                 model_fingerprint="" if args.ckpt == "tiny" else checkpoint.weights_digest(args.ckpt))
     progress = {"step": 0, "updates": 0, "best": math.inf, "best_step": 0, "validation": []}
-    if args.resume:
-        checkpoint.check_resumed(run, "finetune.py", vars(args), encoded.fingerprint)
+    if checkpoint.has_state(run):
+        checkpoint.check_resumed(run, "finetune.py", vars(args), facts)
         progress = checkpoint.load_state(run, model, optimizer, scaler)
-        checkpoint.keep_lines(run / "metrics.jsonl", progress["step"])
-        if progress["best_step"] == progress["step"]:  # it may have stopped between saving state and model
-            save_model(model, tokenizer, run)
-        print(f"going on after step {progress['step']} of {steps}")
-    else:
-        checkpoint.write_run_json(
-            run, "finetune.py", vars(args), coefficients=coefficients, preprocess=preprocess,
-            prompt=data.PROMPT, compute=str(compute), table=str(table), columns=columns, steps=steps,
-            data_fingerprint=encoded.fingerprint)
-    metrics_file = open_to_append(run / "metrics.jsonl")
+        save_best(run, model, tokenizer, progress)
+        finished = "; the run is finished" if progress["step"] == steps else ""
+        print(f"going on after step {progress['step']} of {steps}{finished}")
+    elif args.resume:
+        print(f"nothing was saved in {run} yet: it begins at step 0")
+    checkpoint.keep_lines(run / "metrics.jsonl", progress["step"])
+    checkpoint.write_run_json(run, "finetune.py", vars(args), **facts)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
 
     # ---- the loop: an optimizer step a turn
     batches = step_batches(examples, token_weights, args, compute, progress["step"])
     upcoming = next(batches)
+    stop.waits = True  # a signal is looked at between steps
     for step in range(progress["step"], steps):
         began = time.perf_counter()
         indices, micro_batches = upcoming
@@ -329,8 +346,9 @@ def main():
         # optimizer step; fp16 skips it where the scaled gradients overflowed, and lowers the scale
         finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
         if not finite and not (scaler.is_enabled() and math.isfinite(step_loss)):
-            raise InputError(f"loss {step_loss}, gradient norm {grad_norm} at step {step + 1}: lower --lr, "
-                             "or --resume from the last save with --dtype fp32")
+            rows = ", ".join(map(str, sorted(examples.rows[indices])))
+            raise checkpoint.not_finite(run, f"loss {step_loss} and gradient norm {grad_norm} at step "
+                                             f"{step + 1}, with rows {rows} of the table")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -340,22 +358,27 @@ def main():
         # metrics
         seconds = time.perf_counter() - began
         tokens = int(examples.input_lengths[indices].sum())
-        metrics_file.write(json.dumps({
+        checkpoint.append(run / "metrics.jsonl", json.dumps({
             "step": step + 1, "loss": step_loss, "lr": lr, "grad_norm": grad_norm if finite else None,
             "examples": len(indices), "tokens": tokens, "supervised_tokens": supervised_tokens,
             "seconds": round(seconds, 4)}) + "\n")
         bar.set_postfix_str(f"loss {step_loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
         bar.update()
 
-        # validation and checkpoint
+        # validation and checkpoint; a signal saves the state alone, so that going on comes to the same end
+        stopping = distributed.largest(stop.signal)
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            metrics_file.flush()
             bar.write(validate_and_save(run, model, tokenizer, optimizer, scaler, encoded.validation, compute,
                                         progress))
+        elif stopping:
+            checkpoint.save_state(run, model, optimizer, scaler, progress)
+        stop.leave(stopping, f"saved after step {step + 1} of {steps}: --resume --out {run} goes on")
+    stop.waits = False
     bar.close()
-    metrics_file.close()
 
     # ---- what there is now
+    if not progress["updates"]:
+        raise InputError(f"fp16 skipped all {steps} steps, nothing was learned: start anew with --dtype fp32")
     print(f"best NLL {progress['best']:.4f}, at step {progress['best_step']}; {compute.peak_memory()}")
     if args.merge:
         save_model(load_model(run), tokenizer, run / "merged")

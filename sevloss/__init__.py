@@ -1,10 +1,19 @@
 """Severity-aware fine-tuning for Arabic medical text generation, in plain PyTorch."""
 
+import contextlib
 import functools
 import math
 import os
+import re
+import shutil
+import signal
 import sys
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: there two processes in one folder are not noticed
+    fcntl = None
 
 # Every ragged batch has shapes of its own, and oneDNN keeps what it prepared for each of the last 1,024:
 # hundreds of megabytes. A step needs about 150, each of them in every block.
@@ -27,40 +36,140 @@ def check_positive(args, *names, or_zero=()):
 
 
 def is_rank_0():
-    """Of the processes that torchrun started this one writes and prints; without torchrun: yes."""
+    """Of the processes that torchrun has started this one writes and prints; without torchrun: yes."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def write_atomically(path, write):
-    """write(temporary path), then a rename: the file is the old one or the new one, never half of it."""
+# --- files --------------------------------------------------------------------------------------------------
+
+def write_atomically(path, write, size=0):
+    """write(temporary path), to the disk, then a rename: the file is the old one or the new one, never half
+    of it, even when power fails. size: bytes that must be free. InputError names what cannot be written."""
     if not is_rank_0():
         return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    write(temporary)
-    temporary.chmod(mode)  # the usual one: safetensors lets nobody but the owner read
-    os.replace(temporary, path)
+    with writing(path):
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            raise OSError(f"it needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+        try:
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(mode)  # the usual one: safetensors lets nobody but the owner read
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        flush_to_disk(path.parent)
 
 
-def open_to_append(path):
-    """`path` for text, UTF-8, line by line; nowhere on a rank that does not write."""
-    return open(path if is_rank_0() else os.devnull, "a", encoding="utf-8", newline="")
+@contextlib.contextmanager
+def writing(path):
+    """What goes wrong while `path` is written is one line that names it; native code has no common error."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or str(cause).partition("\n")[0]
+        raise InputError(f"{path} cannot be written: {reason}; what was saved before stays") from error
+
+
+def flush_to_disk(path):
+    """A file's content, or a folder's names."""
+    if os.name != "nt":  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(path, wait=False):
+    """Holds the file `path`, which the system lets go when its holder dies; InputError where another process
+    holds it, unless `wait`. Where the file system has no locks, it goes on without."""
+    if not is_rank_0():  # rank 0 holds it for all
+        yield
+        return
+    path = Path(path)
+    made = not path.parent.exists()
+    held = False
+    while not held:  # the holder before may remove the file while we open it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process works on {path.parent} and holds {path.name}: wait for it, or "
+                             "give another folder") from None
+        except OSError:
+            pass
+        held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            if made:
+                path.parent.rmdir()  # where nothing has come into it
+        file.close()
+
+
+# --- how a script ends --------------------------------------------------------------------------------------
+
+class Stop:
+    """What Ctrl-C and SIGTERM do: they end the script at once; or, where a loop has set `waits`, the first
+    one is kept in `signal` until the loop calls `leave`, its step done and saved."""
+    waits = False
+    signal = 0
+
+    def handle(self, number, frame):
+        at_once = self.signal or not self.waits
+        self.signal = number
+        if at_once:
+            raise KeyboardInterrupt
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be at work just now
+
+    def leave(self, signal, message):
+        if signal:
+            self.signal = signal  # it may be another rank's
+            raise KeyboardInterrupt(message)
+
+
+stop = Stop()
 
 
 def report_errors(main):
-    """Decorates a script's main(): InputError becomes a line and exit code 2, Ctrl-C a line and code 130."""
+    """Decorates a script's main(). One line and exit code 2: an InputError, a file that cannot be read or
+    written, too little memory. Ctrl-C or SIGTERM: one line and the usual code, 130 or 143."""
     @functools.wraps(main)
     def run():
+        stop.waits = False
+        stop.signal = 0
+        handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has set it
+                handlers[number] = signal.signal(number, stop.handle)
         try:
-            main()
-        except (InputError, OSError) as error:  # OSError: a full disk, a folder where a file should be
-            rank = "" if is_rank_0() else f"rank {os.environ['RANK']}: "
-            print(f"{rank}error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("\nstopped by Ctrl-C; what was saved before stays", file=sys.stderr)
-            sys.exit(130)
+            return main()
+        except InputError as error:
+            line = f"error: {error}"
+        except OSError as error:
+            line = f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
+        except KeyboardInterrupt as stopped:
+            line = f"\nstopped; {str(stopped) or 'what was saved before stays'}"
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+                raise
+            line = ("error: out of memory: lower --micro-tokens, --batch-size or --max-length, or add "
+                    "--gradient-checkpointing; what was saved before stays")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        rank = "" if is_rank_0() else f"rank {os.environ['RANK']}: "
+        print(rank + line, file=sys.stderr)
+        sys.exit(2 if line.startswith("error") else 128 + (stop.signal or signal.SIGINT))
     return run

@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 2 finetune.py ...
 
-Every rank runs the whole script. What is shared is the work on rows: each rank takes micro-batches of its own,
-and what came out is added up, so that all ranks know all of it. Rank 0 alone prints and writes; the others
-print their errors. With `shard`, each rank also holds only its part of the model.
+Every rank runs the whole script. What is shared is the work on rows: each rank takes micro-batches of its
+own, and what came out is added up, so that all ranks know all of it. Rank 0 alone prints and writes; the
+others print their errors. With `shard`, each rank also holds only its part of the model.
 """
 
 import os
@@ -106,9 +106,18 @@ def gather(results):
     return {key: value for part in parts for key, value in part.items()}
 
 
-def on_rank_0(function):
-    """What function() returns on rank 0, which alone calls it."""
-    values = [function() if rank() == 0 else None]
+def largest(number):
+    """The largest of each rank's `number`."""
+    if ranks() == 1:
+        return number
+    number = torch.tensor(number)
+    _call(dist.all_reduce, number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+def from_rank_0(value):
+    """What rank 0 gives as `value`."""
+    values = [value]
     if ranks() > 1:
         _call(dist.broadcast_object_list, values, src=0)
     return values[0]

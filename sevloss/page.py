@@ -30,7 +30,7 @@ def picture(figure, title, path):
     """Saves a matplotlib figure as `path` -> Picture, to embed it as well."""
     buffer = BytesIO()
     figure.savefig(buffer, dpi=130)
-    path.write_bytes(buffer.getvalue())
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return Picture(title, f"data:image/png;base64,{encoded}", width=round(100 * figure.get_figwidth()))
 

@@ -8,7 +8,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 
+import evaluate  # noqa: E402
 import finetune  # noqa: E402
+import train_classifier  # noqa: E402
 
 COMMON = "--data table.jsonl --lr 1e-3 --batch-size 5 --micro-tokens 90 --dtype fp32 --preprocess none"
 RUNS = {
@@ -28,6 +30,12 @@ def main():
     for name in names:
         sys.argv = ["finetune.py", *COMMON.split(), *RUNS[name].split(), "--out", str(folder / name)]
         finetune.main()
+    sys.argv = ["train_classifier.py", "--data", "table.jsonl", "--epochs", "2", "--batch-size", "7", "--annotate",
+                "posts.jsonl", "--to", str(folder / "annotated.jsonl"), "--out", str(folder / "classifier")]
+    train_classifier.main()
+    sys.argv = ["evaluate.py", str(folder / "full"), "--max-new-tokens", "8", "--temperature", "0.8", "--bertscore",
+                str(folder / "classifier"), "--bertscore-layer", "1"]
+    evaluate.main()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Splits, fingerprints, token ids, the encoded table, batches: what is cut, and where the supervised tokens
 lie."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -209,17 +211,23 @@ def test_other_prompt_or_split_rule_is_another_encoded_table(open_table, monkeyp
     assert open_table()[1] == 1
 
 
-def test_two_makers_at_once_are_harmless(open_table, monkeypatch, tmp_path):
-    """The second one finds that the first has finished in between, and takes its folder."""
+def test_of_two_makers_at_once_the_second_waits(open_table, monkeypatch, tmp_path):
+    """And finds the folder made."""
     write = data._write_table
+    second = threading.Thread(target=open_table)
+    made = []
 
     def slower(*arguments):
-        monkeypatch.setattr(data, "_write_table", write)
-        open_table()
+        made.append(arguments)
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()
         return write(*arguments)
     monkeypatch.setattr(data, "_write_table", slower)
-    encoded, made = open_table()
-    assert made == 1 and len(encoded.train) > 50 and len(list(tmp_path.glob("encoded/*"))) == 1
+    encoded, _ = open_table()
+    second.join(20)
+    assert len(made) == 1 and not second.is_alive()
+    assert len(encoded.train) > 50 and len(list(tmp_path.glob("encoded/*"))) == 1
 
 
 def test_nothing_is_left_of_a_table_that_cannot_be_read(open_table, tmp_path):

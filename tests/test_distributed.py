@@ -34,6 +34,7 @@ def folder(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("distributed")
     table = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "table.jsonl").write_text(table, encoding="utf-8")
+    (folder / "posts.jsonl").write_text("".join(json.dumps({"Question": row["Question"]}) + "\n" for row in rows))
     torch.manual_seed(0)
     gpt2, tokenizer = tiny_gpt2([row[name] for row in rows for name in ("Question", "Answer")])
     save_model(gpt2, tokenizer, folder / "gpt2")
@@ -97,6 +98,26 @@ def test_same_metrics(folder, several):
                       for out in (folder / "one" / "full", several[0] / name)]
         assert [step for step, _ in one] == [step for step, _ in other]
         assert [nll for _, nll in other] == pytest.approx([nll for _, nll in one], rel=1e-4)
+
+
+def test_classifier_and_annotation(folder, several):
+    """Trained on shares of each step's rows; a table annotated by shares. With 7 rows a step and 3 ranks, the last
+    step of an epoch leaves some with few."""
+    one, other = [json.loads((out / "classifier" / "classifier.json").read_text()) for out in (folder / "one", several[0])]
+    assert other["scores"]["tiny"]["nll"] == pytest.approx(one["scores"]["tiny"]["nll"], rel=1e-4)
+    for a, b in zip(lines(folder / "one" / "annotated.jsonl"), lines(several[0] / "annotated.jsonl"), strict=True):
+        assert a["Question"] == b["Question"]
+        assert b["Critical"] == pytest.approx(a["Critical"], abs=1e-4)
+
+
+def test_evaluation(folder, several):
+    """The same answers, in whatever order, with the same likelihoods and BERTScores."""
+    one, other = [json.loads((out / "full" / "evaluation" / "evaluation.json").read_text())
+                  for out in (folder / "one", several[0])]
+    answers = [sorted((line["row"], line["answer"]) for out in (out,) for file in (out / "full" / "evaluation").glob("answers*.jsonl")
+                      for line in lines(file)[1:]) for out in (folder / "one", several[0])]
+    assert answers[0] and sum(a == b for a, b in zip(*answers, strict=True)) >= 0.9 * len(answers[0])
+    assert one.keys() == other.keys()
 
 
 def test_rank_0_alone_prints(several):

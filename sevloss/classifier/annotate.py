@@ -1,6 +1,7 @@
 """The trained classifier at work: severity probabilities for complaints, and for whole tables."""
 
 import csv
+import io
 import json
 import os
 from collections import Counter
@@ -13,12 +14,13 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, checkpoint, data, distributed
+from sevloss import InputError, checkpoint, data, distributed, flush_to_disk, is_rank_0, lock, stop
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
 
-FIELDS = ("Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical")  # of the paper's table
+# Of the paper's table, and whether the severity is a label or the classifier's
+FIELDS = ("Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical", "Severity Source")
 CHUNK = 8192  # rows in memory at a time
 
 
@@ -109,15 +111,19 @@ def check_target(to):
 
 
 def annotate_table(classifier, table, to, columns, compute):
-    """Writes the table with the paper's six fields, then its other columns, to a .jsonl, .csv or .tsv file.
+    """Writes the table with FIELDS, then its other columns, to a .jsonl, .csv or .tsv file.
 
-    Severity is the likeliest class; a label that the row came with stays. Rows stay in their order; those
-    without a complaint are left out. Until it is complete the file is called `to`.partial; the same call goes
-    on after its last chunk, so memory and what a stop can lose are bounded by CHUNK rows.
+    Severity is the likeliest class; a label that the row came with stays, and Severity Source says which.
+    Rows stay in their order; those without a complaint are left out. Until it is complete the file is called
+    `to`.partial; the same call goes on after its last chunk, so memory and what a stop can lose are bounded
+    by CHUNK rows.
     """
-    to = Path(to)
+    with lock(f"{to}.lock"):
+        _annotate_table(classifier, table, Path(to), columns, compute)
+
+
+def _annotate_table(classifier, table, to, columns, compute):
     check_target(to)
-    to.parent.mkdir(parents=True, exist_ok=True)
 
     # How far a call before this one came
     partial, journal = Path(f"{to}.partial"), Path(f"{to}.partial.json")
@@ -128,32 +134,42 @@ def annotate_table(classifier, table, to, columns, compute):
     if before.get("inputs") == inputs:
         done.update(before["done"])
         print(f"{to}: going on after row {done['rows']:,}")
+    done = distributed.from_rank_0(done)
 
     # The next rows; a table that cannot be read is refused before anything is written
     total = sum(1 for _ in tables.read_rows(table))
     pairs = islice(tables.usable_pairs(table, needed=("complaint",), columns=columns), done["rows"], None)
     chunk = list(islice(pairs, CHUNK))
 
-    with open(partial, "a", encoding="utf-8", newline="") as file, \
-            tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
-        file.truncate(done["bytes"])
+    checkpoint.append(partial, "")
+    if is_rank_0():
+        os.truncate(partial, done["bytes"])
+    stop.waits = True  # a signal is looked at between chunks
+    with tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
         while chunk:
             complaints = [pair.complaint for pair in chunk]
             probabilities, cut = classifier.probabilities(complaints, compute, bar)
-            write_rows(file, to.suffix.lower(), chunk, probabilities, header=not done["rows"])
-            file.flush()
+            text = io.StringIO(newline="")
+            write_rows(text, to.suffix.lower(), chunk, probabilities, header=not done["rows"])
+            checkpoint.append(partial, text.getvalue(), to_disk=True)
             done.update(rows=len(chunk), cut=cut, seen=classifier.seen(complaints),
                         labelled=sum(pair.severity is not None for pair in chunk))
-            done["bytes"] = file.tell()
+            done["bytes"] += len(text.getvalue().encode())
             checkpoint.write_json(journal, {"inputs": inputs, "done": done})
+            stop.leave(distributed.largest(stop.signal),
+                       f"{done['rows']:,} rows are kept: the same command goes on")
             chunk = list(islice(pairs, CHUNK))
-    os.replace(partial, to)
-    journal.unlink()
+    stop.waits = False
+    if is_rank_0():
+        journal.unlink()
+        os.replace(partial, to)
+        flush_to_disk(to.parent)
+    distributed.wait_for_all()
 
     print(f"wrote {to}: {done['rows']:,} rows, {done['cut']:,} complaints cut to "
           f"{classifier.max_length} tokens")
     if done["labelled"]:
-        print(f"  {done['labelled']:,} rows came with a severity, which stays")
+        print(f"  {done['labelled']:,} rows came with a label, which stays")
     if done["seen"]:
         print(f"  the classifier was trained on {done['seen']:,} of these complaints, "
               "so it is too sure of them: train it with --folds 5")
@@ -176,7 +192,8 @@ def write_rows(file, ending, pairs, probabilities, *, header):
     rows = []
     for pair, row in zip(pairs, probabilities.tolist()):
         label = row.index(max(row)) if pair.severity is None else pair.severity
-        values = (pair.complaint, pair.response, CLASSES[label], *(round(p, 6) for p in row))
+        source = "classifier" if pair.severity is None else "label"
+        values = (pair.complaint, pair.response, CLASSES[label], *(round(p, 6) for p in row), source)
         fields = dict(zip(FIELDS, values))
         for name, cell in pair.others.items():
             fields[f"{name} (of the table)" if name in FIELDS else name] = cell

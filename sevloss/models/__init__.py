@@ -226,8 +226,9 @@ def save_model(model, tokenizer, folder):
         state = {}
         for name, tensor in model.state_dict().items():
             state[name] = distributed.whole(tensor.detach()).cpu().contiguous()
-        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path,
-                                                                              metadata={"format": "pt"}))
+        write_atomically(folder / "model.safetensors",
+                         lambda path: save_file(state, path, metadata={"format": "pt"}),
+                         sum(tensor.nbytes for tensor in state.values()))
 
     # ---- tokenizer; without tokenizer_config.json transformers picks a class by model_type and, for GPT-2,
     # loses the prefix space

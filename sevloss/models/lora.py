@@ -107,7 +107,7 @@ def save(model, folder):
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base,
               "bias": "none", "fan_in_fan_out": transposed, "inference_mode": True, **model.lora_config}
     text = json.dumps(config, indent=1, ensure_ascii=False)
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    write_atomically(folder / "adapter_config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load(model, folder):
