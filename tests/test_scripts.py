@@ -500,7 +500,7 @@ def test_classifier_run(classifier, table):
     assert 0.05 <= result["temperature"] <= 20
     assert {"tiny", "tiny, calibrated"} < set(result["scores"])
     for named in result["scores"].values():
-        assert set(named) == {"accuracy", "macro_f1", "nll", "brier", "ece", "confusion"}
+        assert set(named) == {"accuracy", "macro_f1", "auc", "nll", "brier", "ece", "confusion"}
         assert sum(map(sum, named["confusion"])) == len(sides["train"]
                                                         + sides["validation"])  # each row once, out of fold
     assert load_model(classifier).raw_config["id2label"] == {"0": "non-critical", "1": "neutral",
