@@ -1,7 +1,8 @@
-"""Answer test complaints, score the answers, and say whether one model is better than another.
+"""Answer test complaints, score the answers, and say whether one setting is better than another.
 
     python evaluate.py                              # the newest run of finetune.py
-    python evaluate.py runs/plain runs/balanced     # runs that differ only in the seed count as one setting
+    python evaluate.py runs/plain-? runs/mild-?     # runs that differ only in the seed are one setting
+    python evaluate.py runs/* --max-new-tokens 0    # likelihoods alone: minutes, and enough for a verdict
     python evaluate.py runs/balanced aragpt2-medium --data maqa_severity.jsonl
     python evaluate.py a/evaluation/answers-1.jsonl b/evaluation/answers-1.jsonl     # answered elsewhere
 """
@@ -10,7 +11,9 @@ import argparse
 import contextlib
 import json
 import math
+from collections import Counter
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,11 +22,11 @@ from sevloss import InputError, check_positive, checkpoint, data, device, report
 from sevloss.data import Fingerprint, digest, file_fingerprint, sample_pairs, split_pairs
 from sevloss.evaluation import findings, scores
 from sevloss.evaluation.bertscore import Scorer
-from sevloss.evaluation.report import write_evaluation
+from sevloss.evaluation.report import criticality, write_evaluation
 from sevloss.generate import generate
 from sevloss.inputs import arabic, hub, tables
 from sevloss.models import eos_ids, load_model, load_tokenizer
-from sevloss.severity import CLASSES
+from sevloss.severity import class_name
 
 ROWS_AT_ONCE = 64  # answered together; what a stop can lose
 # "paper": what the published notebooks do; their prompt ends where training's says "الاجابة:", and what comes
@@ -41,15 +44,17 @@ def parse_arguments():
     add = parser.add_argument_group("data").add_argument
     add("--data", help="table with complaints and responses; default: what the first run was trained on")
     add("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post response=Plan")
-    add("--rows", type=int, default=2000, help="most test rows to answer and score")
+    add("--split", choices=("test", "all"), default="test", help="all: the whole table is a test set")
+    add("--rows", type=int, default=2000, help="most rows to answer and score")
     add = parser.add_argument_group("decoding").add_argument
-    add("--max-new-tokens", type=int, default=64, help="longest answer")
+    add("--max-new-tokens", type=int, default=64, help="longest answer; 0: none, only likelihoods")
     add("--max-length", type=int, default=512, help="most tokens of prompt and response together")
     add("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach this probability")
     add("--seed", type=int, default=0, help="of drawing")
     add("--recipe", choices=RECIPES, default="default", help="paper: decode as the published notebooks do")
     add = parser.add_argument_group("scores").add_argument
+    add("--against", metavar="RUN", help="a run of the control; default: equal weights, else the first")
     add("--bertscore", metavar="CKPT|none", help=f"encoder; default {MBERT}; none where all models are tiny")
     add("--bertscore-layer", type=int, default=9, help="block whose output is compared")
     add = parser.add_argument_group("machine and output").add_argument
@@ -59,8 +64,8 @@ def parse_arguments():
     add("--out", help="folder of the report; default: evaluation/ in the first run")
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
-    check_positive(args, "rows", "max_length", "max_new_tokens", "top_p",
-                   or_zero=("answers", "temperature", "seed", "bertscore_layer"))
+    check_positive(args, "rows", "max_length", "top_p",
+                   or_zero=("answers", "temperature", "seed", "bertscore_layer", "max_new_tokens"))
     return args
 
 
@@ -84,32 +89,47 @@ def check_names(names):
         checkpoint.check_layout(findings.run_folder(name) or name)
 
 
-def test_rows(args, trained):
-    """The test rows, in the table's order, and the protocol: what must be the same for answers to be
-    compared. trained: run.json of the run whose table is taken, unless another is given."""
-    table = args.data or trained.get("table", tables.SAMPLE)
+def table_of_run(name, run):
+    """The table that a run was trained on, from here or from where it was trained: a folder above it."""
+    table = run["table"]
+    for folder in (Path(), *Path(name).resolve().parents):
+        if (folder / table).is_file():
+            return folder / table
+    raise InputError(f"{name} was trained on {table}, which is not here: give --data TABLE")
+
+
+def test_rows(args, runs):
+    """The rows to evaluate, in the table's order, and the protocol: what must be the same for answers to be
+    compared. runs: {name: run.json}; the first one's table is taken, unless another is given."""
+    trained = {name: run for name, run in runs.items() if "table" in run}
+    table = args.data or tables.SAMPLE
     columns = tables.parse_columns(args.columns)
-    if not args.data:
-        columns = trained.get("columns", {}) | columns
-    pairs = split_pairs(tables.read_pairs(table, needed=("complaint", "response"), columns=columns))["test"]
+    if trained and not args.data:
+        name, run = next(iter(trained.items()))
+        table = table_of_run(name, run)
+        columns = run.get("columns", {}) | columns
+    pairs = tables.read_pairs(table, needed=("complaint", "response"), columns=columns)
+    fingerprint = str(Fingerprint(pairs))
+    if args.split == "all":
+        for name, run in trained.items():
+            same_file = Path(run["table"]).resolve() == Path(table).resolve()
+            if same_file or fingerprint == run["data_fingerprint"]:
+                raise InputError(f"{name} was trained on {table}: --split all would score what it has seen; "
+                                 "leave it out, or give another table with --data")
+    else:
+        pairs = split_pairs(pairs)["test"]
     if not pairs:
-        raise InputError(f"{table}: none of its complaints falls into the test split")
+        raise InputError(f"{table}: none of its complaints falls into the test split; --split all takes all, "
+                         "where no model was trained on them")
     pairs = sorted(sample_pairs(pairs, args.rows), key=lambda pair: pair.row)
-    classes = [class_of(pair) for pair in pairs]
-    counts = [f"{classes.count(i):,} {name}" for i, name in enumerate(CLASSES)]
-    print(f"{len(pairs):,} test rows: {', '.join(counts)}")
+    classes = Counter(class_name(pair.severity, pair.probabilities) for pair in pairs)
+    counts = [f"{count:,} {name}" for name, count in sorted(classes.items())]
+    print(f"{len(pairs):,} rows: {', '.join(counts)}")
 
     protocol = {"table": Path(table).name, "rows": len(pairs), "fingerprint": str(Fingerprint(pairs))}
-    for key in ("recipe", "max_new_tokens", "max_length", "temperature", "top_p", "seed"):
+    for key in ("split", "recipe", "max_new_tokens", "max_length", "temperature", "top_p", "seed"):
         protocol[key] = getattr(args, key)
     return pairs, protocol
-
-
-def class_of(pair):
-    """The row's label, else the likeliest class, else None."""
-    if pair.severity is None and pair.probabilities:
-        return max(range(3), key=pair.probabilities.__getitem__)
-    return pair.severity
 
 
 # --- answers ------------------------------------------------------------------------------------------------
@@ -185,7 +205,7 @@ def answer_rows(name, run, pairs, protocol, args, path):
                     text = arabic.unpreprocess(text)
                 pair = pairs[i]
                 answer = findings.Answer(
-                    pair.row, pair.complaint, pair.response, class_of(pair), pair.probabilities,
+                    pair.row, pair.complaint, pair.response, pair.severity, pair.probabilities,
                     pair.specialty, text, finished=len(ids) < args.max_new_tokens, nll=nll[i].item(),
                     tokens=int(examples.target_counts[i]))
                 lines += json.dumps(asdict(answer), ensure_ascii=False) + "\n"
@@ -200,6 +220,8 @@ def answer_rows(name, run, pairs, protocol, args, path):
 def bert_scores(answers, args, notes):
     """{name: [F1, ...]}, kept beside the answers; {} where there is no encoder, with a note that says how to
     get one."""
+    if answers[0].protocol["max_new_tokens"] == 0:
+        return {}
     all_tiny = all(a.run.get("arguments", {}).get("ckpt") == "tiny" for a in answers)
     ckpt = args.bertscore or ("none" if all_tiny else MBERT)
     if ckpt == "none":
@@ -236,27 +258,24 @@ def bert_scores(answers, args, notes):
 
 # --- what is printed ----------------------------------------------------------------------------------------
 
-def print_answers(answers, shown):
-    """The rows that are most critical, with each model's answer."""
-    rows = answers[0].rows
-    order = sorted(range(len(rows)), key=lambda i: -rows[i].probabilities[2] if rows[i].probabilities else 0)
-    for i in order[:shown]:
-        row = rows[i]
-        severity = "severity unknown" if row.severity is None else CLASSES[row.severity]
-        print(f"\n[{severity}] {row.complaint}\n  reference: {row.reference}")
-        for a in answers:
-            print(f"  {a.name}: {a.rows[i].answer or '(empty)'}")
+def print_answers(evaluation, shown):
+    """The rows that are most critical, with the answer of each setting's first run."""
+    answers = {a.name: a.rows for a in evaluation.answers}
+    rows = evaluation.answers[0].rows
+    for i in sorted(range(len(rows)), key=lambda i: criticality(rows[i]))[:shown]:
+        print(f"\n[{rows[i].class_name}] {rows[i].complaint}\n  reference: {rows[i].reference}")
+        for setting in evaluation.settings:
+            print(f"  {setting.name}: {answers[setting.runs[0]][i].answer or '(empty)'}")
 
 
 def table_of(evaluation):
     """Means of every score: a line per setting and group of rows, without specialties."""
     rows = []
-    for setting in evaluation.settings:
-        for group, count in evaluation.groups.items():
-            if not group.startswith("specialty: "):
-                means = [evaluation.means[setting.name, score, group] for score in evaluation.score_names]
-                rows.append([setting.name, group, count, *(number(m.mean) for m in means)])
-    return terminal.table(["model", "rows of", "n", *evaluation.score_names], rows)
+    for setting, (group, count) in product(evaluation.settings, evaluation.groups.items()):
+        if not group.startswith("specialty: "):
+            means = [evaluation.means.get((setting.name, score, group)) for score in evaluation.score_names]
+            rows.append([setting.name, group, count, *(number(m.value) if m else "–" for m in means)])
+    return terminal.table(["setting", "rows of", "n", *evaluation.score_names], rows)
 
 
 def number(value):
@@ -274,6 +293,8 @@ def main():
     args = parse_arguments()
 
     names = args.runs or [newest_run()]
+    if args.against and args.against not in names:
+        names.append(args.against)
     check_names(names)
     out = Path(args.out or (Path(names[0]) if Path(names[0]).is_dir() else Path("runs")) / "evaluation")
     with contextlib.ExitStack() as locks:  # of all that is written to
@@ -295,8 +316,7 @@ def evaluate(args, names, out):
     # Test rows
     protocols = {name: a.protocol for name, a in answers.items()}
     if runs:
-        trained = next((run for run in runs.values() if "table" in run), {})
-        pairs, protocol = test_rows(args, trained)
+        pairs, protocol = test_rows(args, runs)
         protocols[next(iter(runs))] = protocol
     findings.check_same(protocols)  # before hours of answering
 
@@ -315,18 +335,17 @@ def evaluate(args, names, out):
 
     # Scores and comparisons
     notes = []
-    evaluation = findings.evaluate(answers, bert_scores(answers, args, notes), notes)
+    against = next((a.name for a, name in zip(answers, names) if name == args.against), None)
+    evaluation = findings.evaluate(answers, bert_scores(answers, args, notes), notes, against)
 
     # What is printed
-    print_answers(answers, args.answers)
+    if args.max_new_tokens:
+        print_answers(evaluation, args.answers)
     table = table_of(evaluation)
-    print(f"\n{table}\n\nNLL: in nats per token of response and end of text. 95% intervals, specialties and "
+    print(f"\n{table}\n\nNLL: in nats per token of response and end of text. Intervals, specialties and "
           "pictures are in the report.")
-    for c in evaluation.comparisons:
-        if c.group == "all" or c.p_holm < 0.05:
-            print(f"  {c.sentence}")
-    for note in evaluation.notes:
-        print(f"  {note}")
+    for sentence in (*evaluation.summary, *(v.sentence for v in evaluation.verdicts), *evaluation.notes):
+        print(f"  {sentence}")
 
     # What is written
     out.mkdir(parents=True, exist_ok=True)

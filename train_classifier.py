@@ -374,6 +374,8 @@ def train_and_save(args, compute, run):
     print(f"\n{basis}\n")
     print(terminal.table(["model", *report.SCORE_NAMES.values()], report.score_rows(logits, labels)))
     confusion = confusion_matrix(calibrated.argmax(-1), labels).tolist()
+    for warning in report.warnings(calibrated.softmax(-1), labels):
+        print(f"  warning: {warning}")
     print("\nconfusion (rows: true class, columns: predicted)")
     print(terminal.table(["", *CLASSES], [[name, *row] for name, row in zip(CLASSES, confusion)]))
     print(f"\nwrote {run} (model, report.html); {compute.peak_memory()}")
@@ -383,9 +385,9 @@ def train_and_save(args, compute, run):
 def print_seeds(scores_by_seed):
     """Mean and standard deviation of each score over the seeds."""
     parts = []
-    for key, name in report.SCORE_NAMES.items():
+    for key in ("accuracy", "macro_f1", "auc", "nll", "brier"):
         values = torch.tensor([seed_scores[key] for seed_scores in scores_by_seed.values()])
-        parts.append(f"{name} {values.mean():.4f} (sd {values.std():.4f})")
+        parts.append(f"{report.SCORE_NAMES[key]} {values.mean():.4f} (sd {values.std():.4f})")
     print(f"{len(scores_by_seed)} seeds, calibrated, on validation: {', '.join(parts)}")
 
 

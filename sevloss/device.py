@@ -84,10 +84,9 @@ def choose_device(name):
     """auto|cpu|cuda|cuda:N -> torch.device; InputError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    device = None
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device is auto, cpu, cuda or cuda:N, not {str(name)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():

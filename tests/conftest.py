@@ -80,7 +80,8 @@ SYMPTOMS = {"non-critical": "زكام أرق حكة تعب جفاف كسل", "ne
 
 @pytest.fixture(scope="session")
 def rows():
-    """120 rows of an annotated table, short, and easy to learn from."""
+    """120 rows of an annotated table, short, and easy to learn from. The severities are labels: in one row
+    another class is likelier."""
     random = Random(0)
     rows = []
     for i in range(120):
@@ -90,6 +91,7 @@ def rows():
         rows.append({"Question": f"عندي {' و'.join(words)} منذ {i} يوم، ما الحل؟", "Answer": answer,
                      "Severity": severity,
                      **{name.title(): 0.8 if name == severity else 0.1 for name in SYMPTOMS}})
+    rows[0] |= {"Non-Critical": 0.1, "Critical": 0.8}
     return rows
 
 

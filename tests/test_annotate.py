@@ -65,13 +65,14 @@ def read(path):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv"])
 def test_annotated_table(classifier, table, rows, tmp_path, capsys, ending):
-    """The paper's six fields, then the other columns; rows in order; labels stay, the rest get the likeliest
-    class."""
+    """The paper's six fields, whose the severity is, then the other columns; rows in order; labels stay, the
+    rest get the likeliest class, which is no label where the table is read again."""
     to = tmp_path / "new" / f"annotated.{ending}"
     annotate.annotate_table(classifier, table, to, {}, CPU)
     annotated = read(to)
     kept = [i for i in range(50) if i != 13]
-    names = ["Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical", "id", "note"]
+    names = ["Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical", "Severity Source", "id",
+             "note"]
     assert all(list(row) == names for row in annotated)
     assert [row["id"] for row in annotated] == [str(i) for i in kept]
     for name in ("Question", "Answer"):
@@ -89,7 +90,9 @@ def test_annotated_table(classifier, table, rows, tmp_path, capsys, ending):
     out = capsys.readouterr().out
     assert "49 rows" in out and "left out 1 rows: 1 without a complaint (row 28)" in out
     assert sorted(path.name for path in to.parent.iterdir()) == [to.name]  # nothing temporary is left
-    assert len(tables.read_pairs(to, needed=("complaint", "severity"), probabilities="required")) == 49
+    again = tables.read_pairs(to, needed=("complaint",), probabilities="required")
+    assert [pair.severity for pair in again] == [2 if i % 5 == 0 else None for i in kept]
+    assert [row["Severity Source"] == "label" for row in annotated] == [i % 5 == 0 for i in kept]
 
 
 def test_probabilities_are_calibrated(classifier):
@@ -270,7 +273,7 @@ def test_annotation_needs_the_complaint_alone(classifier, write_table, tmp_path,
     assert len(annotated) == 2 and annotated[0]["Severity"] in CLASSES
     assert annotated[1]["Severity"] == "critical"
     out = capsys.readouterr().out
-    assert "1 rows came with a severity, which stays" in out
+    assert "1 rows came with a label, which stays" in out
     assert "used all the same 1 rows: 1 with a severity other than non-critical, neutral, critical" in out
 
 

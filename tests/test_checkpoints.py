@@ -311,6 +311,15 @@ def test_config_that_does_not_fit(edited, config, message):
         load_model(edited("gpt2", **config))
 
 
+@pytest.mark.parametrize("name, whole, part", [
+    ("bert", "hidden_size 20", "num_attention_heads"), ("bloom", "hidden_size 18", "n_head"),
+    ("llama", "num_attention_heads 4", "num_key_value_heads"),
+    ("lfm2", "num_attention_heads 4", "num_key_value_heads")])
+def test_heads_that_do_not_divide(edited, name, whole, part):
+    with refused(f"{whole} in config.json is not a multiple of {part} 7"):
+        load_model(edited(name, **{part: 7}))
+
+
 def test_config_without_a_size(edited):
     folder = edited("gpt2")
     (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 53}')

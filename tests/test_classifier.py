@@ -7,7 +7,7 @@ import torch
 from page import Page, assert_links_lead_to_sections, assert_needs_nothing
 
 import train_classifier
-from sevloss import data
+from sevloss import data, severity
 from sevloss.classifier import annotate, baseline, report
 from sevloss.inputs import tables
 
@@ -95,26 +95,50 @@ def page_of(tmp_path, scored):
 
 def test_report(scored, page_of):
     page = Page(page_of("شكوى | رقم ٧"))
-    assert page.sections == ["Scores", "By class", "Calibration", "By specialty",
+    assert page.sections == ["Scores", "By class", "By specialty",
                              "The most confident mistakes", "The weights that these probabilities give"]
     scores = report.score_rows(scored[1], torch.arange(30) % 3)
     assert page.tables["Scores"][0] == [["model", *report.SCORE_NAMES.values()], *scores]
-    assert scores[1][:2] == ["bert, calibrated", f"{29 / 30:.4f}"]
-    assert float(scores[2][3]) == pytest.approx(1.0986, abs=1e-4)
+    assert scores[1][0] == "bert, calibrated" and scores[1][1].startswith("0.967 [0.9")
+    assert scores[2][4] == "1.099" and scores[2][3] == "0.500" and scores[2][6] == "–"  # 30 rows
     assert ["neutral", "10", "1.000", "0.900", "1", "9", "0"] in page.tables["By class"][0]
     assert page.tables["By specialty"][0][1:] == [["cardiology", "20", "0.950"], ["ent", "10", "1.000"]]
     mistake, = (text for text in page.texts if "row 7" in text)
     assert mistake.split() == "predicted non-critical with probability 0.978 · row 7".split()
     assert page.arabic == [("شكوى | رقم ٧", True)]  # the only mistake, right to left
-    assert any("balanced: mean" in text for text in page.texts)
+    balanced = page.tables["The weights that these probabilities give"][0][3]
+    assert balanced[0] == "balanced" and float(balanced[-1]) > 1.2 > 0.8 > float(balanced[-3])
+
+
+def test_calibration_from_200_rows_on(scored, tmp_path):
+    """Beside the error that right probabilities would show with as many rows."""
+    pairs, logits = scored
+    many = {name: of_model.repeat(7, 1) for name, of_model in logits.items()}
+    labels = torch.tensor([pair.severity for pair in pairs * 7])
+    ece = severity.scores(many["bert"], labels)["ece"]
+    assert report.score_rows(many, labels)[0][-1].startswith(f"{ece:.3f} (0.0")
+    report.write_classifier_report(tmp_path, pairs * 7, many, encoder="bert", basis="210 rows.")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Calibration" in Page(text).sections
+    assert_needs_nothing(text, [tmp_path / "reliability.png"])
+
+
+def test_warnings_in_words():
+    """Where a class is never found, and where critical rows do not weigh most: the method would not act."""
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    sure = torch.eye(3)[labels] * 0.7 + 0.1
+    assert report.warnings(sure, labels) == []
+    neutral, weights = report.warnings(torch.tensor([[0.3, 0.3, 0.4]] * 6)[:, [0, 1, 2]].flip(1), labels)[1:]
+    assert neutral == "None of the 2 critical rows is predicted critical."
+    assert weights.startswith("Critical rows do not get the largest weights (means, balanced: non-critical 0.950, ")
 
 
 def test_report_needs_nothing_and_texts_are_no_markup(tmp_path, page_of):
     text = page_of(HOSTILE)
     assert (HOSTILE, True) in Page(text).arabic and "<script" not in text and "<b>" not in text
-    assert_needs_nothing(text, [tmp_path / "confusion.png", tmp_path / "reliability.png"])
+    assert_needs_nothing(text, [])
     assert_links_lead_to_sections(text)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "confusion.png", "reliability.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html"}
 
 
 def test_report_without_mistakes(scored, page_of):

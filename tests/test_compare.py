@@ -1,13 +1,16 @@
-"""The bootstrap against loops, closed forms and simulated data; Holm's correction; the sentences."""
+"""Estimates and tests against hand-made tables, closed forms and simulated data; Holm's correction."""
 
+import importlib.util
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sevloss.evaluation import compare
 
-ZEROS = np.zeros(200)
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "coverage.py"
 
 
 @pytest.fixture
@@ -15,198 +18,260 @@ def rng():
     return np.random.default_rng(0)
 
 
-def paired_bootstrap(a, b, *arguments, **options):
-    """Of two runs: settings with one seed each."""
-    return compare.compare_settings(np.asarray(a)[None], np.asarray(b)[None], *arguments, **options)
+@pytest.fixture
+def coverage():
+    spec = importlib.util.spec_from_file_location("coverage_benchmark", BENCHMARK)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_against_a_loop(rng, monkeypatch):
-    """One resample after the other, with the same draws: ratios, weights, and the p of the docstring."""
-    monkeypatch.setattr(compare, "FEWEST_ROWS", 1)
-    n, resamples = 30, 200
-    a, b, counts, weights = rng.normal(size=n), rng.normal(0.3, size=n), rng.integers(1, 9, n), rng.random(n)
-    result = paired_bootstrap(a, b, counts, weights, resamples=resamples, seed=5)
-    drawn, differences = np.random.default_rng([5, 0]).integers(n, size=(resamples, n)), []
-    for rows in drawn:
-        w, c = weights[rows], counts[rows]
-        differences.append(sum(w * b[rows]) / sum(w * c) - sum(w * a[rows]) / sum(w * c))
-    assert result.difference == pytest.approx(sum(weights * (b - a)) / sum(weights * counts))
-    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])))
-    below, above = sum(d <= 0 for d in differences), sum(d >= 0 for d in differences)
-    assert result.p == pytest.approx(min(1, 2 * min(below + 1, above + 1) / (resamples + 1)))
+# --- the variance ---------------------------------------------------------------------------------------
+
+def test_by_hand(monkeypatch):
+    """Three seeds, four rows. Means of runs 2, 3, 7: s2 = 7; of rows 2, 4, 4, 6: s2 = 8 / 3; MSE = 24 / 6."""
+    monkeypatch.setattr(compare, "FEWEST_ROWS", 4)
+    residual = np.array([[2, -2, 0, 0], [0, 2, 0, -2], [-2, 0, 0, 2]])
+    b = np.array([[2], [3], [7]]) + np.array([-2, 0, 0, 2]) + residual
+    result = compare.paired_t(np.zeros(4), b)
+    of_seeds, of_rows, of_residual = 7 / 3, 8 / 3 / 4, 24 / 6 / 12
+    variance = of_seeds + of_rows - of_residual
+    assert result.value == 4
+    assert result.error**2 == pytest.approx(variance)
+    assert result.df == 2  # the formula gives 1.3
+    assert result.high - 4 == pytest.approx(4 - result.low) == pytest.approx(4.302653 * math.sqrt(variance))
+    assert 0.05 < result.p < 0.2 and (result.rows, result.seeds) == (4, 3)
 
 
-def test_interval_is_the_normal_one_for_many_rows(rng):
-    """Mean +- 1.96 standard errors; and p is twice the tail of the normal distribution."""
-    difference = rng.normal(size=2000)
-    difference += 0.035 - difference.mean()
-    result = paired_bootstrap(np.zeros(2000), difference)
-    error = difference.std() / math.sqrt(2000)
-    assert result.low == pytest.approx(0.035 - 1.96 * error, abs=0.06 * error)
-    assert result.high == pytest.approx(0.035 + 1.96 * error, abs=0.06 * error)
-    assert result.p == pytest.approx(math.erfc(0.035 / error / math.sqrt(2)), abs=0.02)
-    assert result == paired_bootstrap(np.zeros(2000), difference)
-    assert result != paired_bootstrap(np.zeros(2000), difference, seed=1)
+def test_without_spread_of_seeds_it_is_the_t_test_over_rows(rng):
+    difference = rng.normal(0.3, size=50)
+    result = compare.paired_t(np.zeros((5, 50)), np.tile(difference, (5, 1)))
+    t = difference.mean() / (difference.std(ddof=1) / math.sqrt(50))
+    assert result.value / result.error == pytest.approx(t)
+    assert result.df == pytest.approx(49)
+    assert result.p == pytest.approx(compare.student_p(t, 1, 49))
+    assert result[:5] == pytest.approx(compare.estimate(difference)[:5])
 
 
-def test_coverage_and_p_without_a_difference(rng):
-    """Of 600 simulated comparisons of two equal systems 95% have 0 in their interval, 5% a p below 0.05 and
-    half one below 0.5."""
-    hard = rng.normal(size=(100, 1)) * 5
-    a, b = hard + rng.normal(size=(100, 600)), hard + rng.normal(size=(100, 600))
-    _, low, high, p = paired_bootstrap(a, b, resamples=1000)
-    assert 0.92 < ((low <= 0) & (high >= 0)).mean() < 0.975
-    assert 0.025 < (p < 0.05).mean() < 0.08
-    assert 0.44 < (p < 0.5).mean() < 0.56
+def test_without_spread_of_rows_it_is_the_t_test_over_seeds():
+    seeds = np.array([0.1, 0.4, 0.2, 0.5, 0.3])
+    result = compare.paired_t(np.zeros((5, 30)), np.tile(seeds[:, None], (1, 30)))
+    assert result.error == pytest.approx(seeds.std(ddof=1) / math.sqrt(5))
+    assert result.df == 4
+    assert result.p == pytest.approx(0.0132, abs=1e-4)  # t = 4.243, of a table
 
 
-def test_rows_are_paired(rng):
-    """What makes a row hard for both drops out: unpaired, the same difference would drown."""
-    hard = rng.normal(size=200) * 10
-    a, b = hard + rng.normal(size=200), hard + 0.5 + rng.normal(size=200)
-    paired, unpaired = paired_bootstrap(a, b), paired_bootstrap(a, rng.permutation(b))
-    assert paired.p < 0.01
-    assert unpaired.p > 0.05
-    assert unpaired.high - unpaired.low > 5 * (paired.high - paired.low)
+def test_degrees_of_freedom_of_rows_and_seeds(rng):
+    """Rows and seeds that spread, without a residual."""
+    rows, seeds = rng.normal(size=30), rng.normal(size=(5, 1)) / 8
+    result = compare.estimate(rows + seeds)
+    of_rows, of_seeds = rows.var(ddof=1) / 30, seeds.var(ddof=1) / 5
+    assert result.error**2 == pytest.approx(of_rows + of_seeds)
+    assert result.df == pytest.approx((of_rows + of_seeds) ** 2 / (of_seeds**2 / 3 + of_rows**2 / 29))
+    assert result.df > 4  # which it is at least
 
 
-def test_scores_and_groups_together_are_as_one_by_one(rng):
-    a, b, counts = rng.normal(size=(60, 3)), rng.normal(size=(60, 3)), rng.integers(1, 9, (60, 3))
-    weights = np.stack([np.ones(60), np.arange(60) < 30], axis=1)
-    together = paired_bootstrap(a, b, counts, weights, resamples=300)
-    assert together.p.shape == (2, 3)
-    for g in range(2):
-        for k in range(3):
-            alone = paired_bootstrap(a[:, k], b[:, k], counts[:, k], weights[:, g], resamples=300)
-            assert [x[g, k] for x in together] == pytest.approx(list(alone))
-    assert paired_bootstrap(a, b, resamples=10).p.shape == (3,)
-    assert paired_bootstrap(a[:, 0], b[:, 0], None, weights, resamples=10).p.shape == (2,)
-    assert isinstance(paired_bootstrap(a[:, 0], b[:, 0], resamples=10).p, float)
+def test_residual_counts_once(rng):
+    """Where a difference is residual alone, V is its variance over all cells, on average; not twice that."""
+    variances = [compare.estimate(rng.normal(size=(10, 100))).error ** 2 for _ in range(400)]
+    assert np.mean(variances) == pytest.approx(1 / 1000, rel=0.1)
 
 
-def test_chunks_do_not_show(rng, monkeypatch):
-    """More rows than fit into one chunk: every resample is there, and has all rows."""
-    values = rng.integers(0, 2, 3000).astype(float)
-    both = np.stack([values, np.ones(3000)], axis=1)
-    chunked = compare.bootstrap_mean(both[None], resamples=1500)  # 666 at a time
-    assert chunked[1][1] == chunked[2][1] == 1
-    error = values.std() / math.sqrt(3000)
-    assert chunked[1][0] == pytest.approx(values.mean() - 1.96 * error, abs=0.25 * error)
-    assert chunked[2][0] == pytest.approx(values.mean() + 1.96 * error, abs=0.25 * error)
+def test_ratio_has_the_error_of_the_jackknife(rng):
+    counts = rng.integers(20, 60, 80)
+    values = 3.0 * counts + rng.normal(size=80) * 10
+    result = compare.estimate(values, counts)
+    without_one = (values.sum() - values) / (counts.sum() - counts)
+    jackknife = math.sqrt(79 / 80 * ((without_one - without_one.mean()) ** 2).sum())
+    assert result.value == pytest.approx(values.sum() / counts.sum())
+    assert result.error == pytest.approx(jackknife, rel=0.03)
+
+
+def test_contrast_is_welch_over_rows(rng):
+    """Of one run: the variances of both groups' means add up; degrees of freedom are the smaller group's."""
+    values, critical = rng.normal(size=100), np.arange(100) < 30
+    result = compare.estimate(values, weights=critical, minus=~critical)
+    groups = [compare.estimate(values[critical]), compare.estimate(values[~critical])]
+    assert result.value == pytest.approx(groups[0].value - groups[1].value)
+    assert result.error == pytest.approx(math.hypot(groups[0].error, groups[1].error))
+    assert (result.df, result.rows) == pytest.approx((29, 30))
+
+
+def test_what_seeds_move_in_common_cancels_in_the_contrast(rng):
+    values, critical = rng.normal(size=(5, 100)), np.arange(100) < 30
+    moved = values + 10 * rng.normal(size=(5, 1))
+    assert compare.estimate(moved).error > 10 * compare.estimate(values).error
+    expected = compare.estimate(values, weights=critical, minus=~critical)
+    assert compare.estimate(moved, weights=critical, minus=~critical) == pytest.approx(expected, nan_ok=True)
+
+
+# --- invariances ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("groups", [{}, {"counts": np.arange(5, 65)}, {"weights": np.arange(60) < 30},
+                                    {"weights": np.arange(60) < 30, "minus": np.arange(60) >= 30}])
+def test_invariances(rng, groups):
+    a, b = rng.normal(size=(2, 4, 60))
+    result = compare.paired_t(a, b, **groups)
+    swapped = compare.paired_t(b, a, **groups)
+    assert swapped[:5] == pytest.approx((-result.value, -result.high, -result.low, result.error, result.df))
+    assert swapped.p == pytest.approx(result.p)
+    shared = rng.normal(size=60) + rng.normal(size=(4, 1))
+    assert compare.paired_t(a + shared, b + shared, **groups) == pytest.approx(result)
+    rows, seeds = rng.permutation(60), rng.permutation(4)
+    reordered = {key: value[rows] for key, value in groups.items()}
+    assert compare.paired_t(a[seeds][:, rows], b[seeds][:, rows], **reordered) == pytest.approx(result)
+    scaled = {key: 7 * value for key, value in groups.items() if key != "counts"}
+    if scaled:
+        assert compare.paired_t(a, b, **scaled) == pytest.approx(result)
+    tripled = compare.paired_t(3 * a, 3 * b, **groups)
+    assert tripled[3:8] == pytest.approx((3 * result.error, *result[4:8]))
+    assert tripled.sd_seeds == pytest.approx(3 * result.sd_seeds)
+
+
+def test_a_group_is_as_its_rows_alone(rng):
+    values, counts = rng.normal(size=(3, 90)), rng.integers(1, 9, 90)
+    alone = compare.estimate(values[:, :40], counts[:40])
+    assert compare.estimate(values, counts, np.arange(90) < 40) == pytest.approx(alone, nan_ok=True)
+
+
+def test_seeds_are_paired(rng):
+    """What a seed does to both settings drops out."""
+    seed = rng.normal(size=(6, 1))
+    a, b = seed + rng.normal(size=(6, 50)) / 10, seed + 0.1 + rng.normal(size=(6, 50)) / 10
+    assert compare.paired_t(a, b).p < 0.01
+    assert compare.paired_t(a, b[[1, 2, 3, 4, 5, 0]]).p > 0.3
+
+
+def test_a_checkpoint_is_a_constant(rng):
+    checkpoint, runs = rng.normal(size=50), rng.normal(size=(3, 50))
+    expected = compare.paired_t(np.tile(checkpoint, (3, 1)), runs)
+    assert compare.paired_t(checkpoint, runs) == compare.paired_t(checkpoint[None], runs) == expected
+
+
+# --- what is not tested ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_too_few_seeds_have_no_p(rng, seeds):
+    """An interval over rows, of these very runs; no verdict on the settings."""
+    a, b = rng.normal(size=(2, seeds, 50))
+    result = compare.paired_t(a, b + 100)
+    assert math.isnan(result.p) and result.seeds == 0
+    assert result[:5] == pytest.approx(compare.estimate((b + 100 - a).mean(0))[:5])
 
 
 @pytest.mark.filterwarnings("error")
-def test_small_and_empty_groups_have_no_interval(rng):
-    """A handful of rows that agree is no evidence, and a class without rows no error."""
-    sizes = (0, 1, compare.FEWEST_ROWS - 1, compare.FEWEST_ROWS)
-    weights = np.stack([np.arange(200) < m for m in sizes], axis=1)
-    result = paired_bootstrap(ZEROS, 1 + rng.random(200), weights=weights)
-    assert np.isnan(result.difference).tolist() == [True, False, False, False]
-    for x in result[1:]:
-        assert np.isnan(x).tolist() == [True, True, True, False]
+def test_few_effective_rows_have_no_interval(rng):
+    """One row that weighs as much as all others is few rows, and an empty group is no error."""
+    values = rng.normal(size=(3, 200))
+    for weights, rows in [(np.arange(200) < 19, 19), (np.arange(200) < 0, 0), ([199] + [1] * 199, 3.98)]:
+        results = [compare.estimate(values, weights=weights), compare.rate(values > 0, weights),
+                   compare.paired_t(np.zeros(200), values, weights=np.ones(200), minus=weights)]
+        for result in results:
+            assert all(map(math.isnan, (result.low, result.high, result.error, result.df, result.p)))
+            assert result.rows == pytest.approx(rows, abs=0.01)
+            assert math.isnan(result.value) == (rows == 0)
+    assert compare.estimate(values, weights=np.arange(200) < 20).error > 0
+    assert math.isnan(compare.estimate(values, counts=[199] + [1] * 199).error)
 
 
-def test_equal_runs_do_not_differ(rng):
-    a = rng.normal(size=200)
-    assert paired_bootstrap(a, a) == (0, 0, 0, 1)
+@pytest.mark.filterwarnings("error")
+def test_equal_settings_do_not_differ(rng):
+    a = rng.normal(size=(3, 50))
+    assert compare.paired_t(a, a)[:4] == (0, 0, 0, 0) and compare.paired_t(a, a).p == 1
+    assert compare.paired_t(np.zeros((3, 50)), np.ones((3, 50))).p == 0
 
 
-def test_different_rows_are_refused():
-    with pytest.raises(ValueError, match="same rows"):
-        paired_bootstrap(np.zeros(3), np.zeros(4))
+def test_different_tables_are_refused():
+    for shape in [(3, 30), (4, 40)]:
+        with pytest.raises(ValueError):
+            compare.paired_t(np.zeros((3, 40)), np.zeros(shape))
 
 
-def test_bootstrap_mean(rng):
-    """The mean of a ratio: tokens count, not rows."""
-    tokens = rng.integers(1, 9, 200)
-    mean, low, high = compare.bootstrap_mean(3.0 * tokens[None], tokens)
-    assert mean == pytest.approx(3) and low == pytest.approx(3) and high == pytest.approx(3)
-    mean, low, high = compare.bootstrap_mean(rng.normal(7, size=(1, 200)))
-    assert low < mean < high and high - low == pytest.approx(2 * 1.96 / math.sqrt(200), rel=0.2)
+# --- rates, power, Holm ---------------------------------------------------------------------------------
+
+def test_rate_is_wilson(rng):
+    """For one run and equal weights: the solutions of |rate - x| = t sqrt(x (1 - x) / n)."""
+    for hits in (0, 1, 13, 40):
+        values = np.arange(40) < hits
+        result = compare.rate(values)
+        for x in (result.low, result.high):
+            assert abs(hits / 40 - x) == pytest.approx(2.022691 * math.sqrt(x * (1 - x) / 40), abs=1e-6)
+        flipped = compare.rate(~values)
+        assert (1 - flipped.high, 1 - flipped.low) == pytest.approx((result.low, result.high))
+        assert compare.rate(np.tile(values, (5, 1)))[:6] == pytest.approx(result[:6])  # five equal runs
+    assert compare.rate(np.zeros(40)).low == 0 and compare.rate(np.ones((3, 40))).low < 1
 
 
-# --- seeds --------------------------------------------------------------------------------------------------
-
-def test_seed_spread():
-    assert compare.seed_spread([[1.0, 4.0], [3.0, 4.0]]) == pytest.approx([math.sqrt(2), 0])
-    assert np.isnan(compare.seed_spread([[5.0, 6.0]])).tolist() == [True, True]
-
-
-def test_interval_with_seeds_is_the_normal_one(rng):
-    """Variances add up: that of the rows' mean, and of each side's mean over seeds, taken with s - 1."""
-    rows, of_a, of_b = rng.normal(size=400), rng.normal(size=8), rng.normal(size=6)
-    a, b = of_a[:, None] / 20 + np.zeros(400), of_b[:, None] / 20 + rows
-    result = compare.compare_settings(a, b, resamples=20_000)
-    error = math.sqrt(rows.var() / 400 + of_a.var(ddof=1) / 8 / 400 + of_b.var(ddof=1) / 6 / 400)
-    assert result.difference == pytest.approx(b.mean() - a.mean())
-    assert result.high - result.low == pytest.approx(2 * 1.96 * error, rel=0.02)
-    a, b = of_a[:, None] + np.zeros(400), of_b[:, None] + np.zeros(400)  # seeds alone
-    result = compare.compare_settings(a, b, resamples=20_000)
-    error = math.sqrt(of_a.var(ddof=1) / 8 + of_b.var(ddof=1) / 6)
-    assert result.high - result.low == pytest.approx(2 * 1.96 * error, rel=0.04)
+def test_rate_includes_seeds(rng):
+    """Runs of which two answer all rows alike and a third does not are no 120 independent rows."""
+    apart = compare.rate(np.repeat([[0], [0], [1]], 40, axis=1))
+    mixed = compare.rate(rng.random((3, 40)) < 1 / 3)
+    assert apart.high - apart.low > 0.9 and mixed.high - mixed.low < 0.3
 
 
-def test_coverage_with_seeds(rng):
-    """400 simulated comparisons of equal settings, five seeds each: resampling rows alone takes luck with
-    seeds for a difference."""
-    def setting():
-        return rng.normal(size=(5, 100, 400)) + 0.3 * rng.normal(size=(5, 1, 400))
-    a, b = setting(), setting()
-
-    def coverage(result):
-        return ((result.low <= 0) & (result.high >= 0)).mean()
-    assert 0.91 < coverage(compare.compare_settings(a, b, resamples=500)) < 0.99
-    assert coverage(paired_bootstrap(a.mean(0), b.mean(0), resamples=500)) < 0.8
+def test_detectable_difference(rng):
+    """t of the table: 1.9647 and 0.8423 where df = 499, 2.7764 (4.6041 for 0.01) and 0.9410 where df = 4."""
+    result = compare.estimate(rng.normal(size=500))
+    few = result._replace(df=4)
+    assert compare.detectable_difference(result) == pytest.approx((1.9647 + 0.8423) * result.error, rel=1e-4)
+    assert compare.detectable_difference(few) == pytest.approx((2.7764 + 0.9410) * few.error, rel=1e-4)
+    assert compare.detectable_difference(few, 0.01) == pytest.approx((4.6041 + 0.9410) * few.error, rel=1e-4)
 
 
-def test_one_seed_on_a_side_is_the_mean_over_seeds_paired_over_rows(rng):
-    a, b = rng.normal(size=(3, 50)), rng.normal(size=(1, 50))
-    expected = paired_bootstrap(a.mean(0), b[0], resamples=100)
-    assert compare.compare_settings(a, b, resamples=100) == pytest.approx(expected)
-
-
-# --- many comparisons ---------------------------------------------------------------------------------------
-
-def test_holm_by_hand():
-    """Sorted: 0.005 x 4, 0.01 x 3, 0.03 x 2, then 0.04 x 1, which may not fall below the one before."""
+def test_holm():
+    """By hand: 0.005 * 4, 0.01 * 3, 0.03 * 2, and the largest not below the one before."""
     assert compare.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert compare.holm([0.5, 0.9]).tolist() == [1, 1]
     assert compare.holm([]).tolist() == []
-    assert compare.holm([[0.01], [0.02]]).tolist() == [[0.02], [0.02]]
-
-
-def test_holm_does_not_count_what_was_not_compared():
     adjusted = compare.holm([math.nan, 0.01, 0.03])
-    assert math.isnan(adjusted[0])
-    assert adjusted[1:] == pytest.approx([0.02, 0.03])
+    assert math.isnan(adjusted[0]) and adjusted[1:] == pytest.approx([0.02, 0.03])
 
 
-@pytest.mark.parametrize("score, difference, interval, p, expected", [
-    ("chrF", 1.2, (0.4, 2), 0.003,
-     "B is better than A in chrF by 1.2 (95% interval 0.4 to 2, p = 0.003 after Holm)"),
-    ("chrF", -1.2, (-2, -0.4), 0.003,
-     "B is worse than A in chrF by 1.2 (95% interval 0.4 to 2, p = 0.003 after Holm)"),
-    ("NLL", -0.05, (-0.08, -0.02), 0.0002,
-     "B is better than A in NLL by 0.05 (95% interval 0.02 to 0.08, p < 0.001 after Holm)"),
-    ("NLL", 0.05, (0.02, 0.08), 0.049,
-     "B is worse than A in NLL by 0.05 (95% interval 0.02 to 0.08, p = 0.049 after Holm)"),
-    ("NLL", 0.05, (0.01, 0.09), 0.051,
-     "B and A are not distinguishable in NLL "
-     "(difference 0.05, 95% interval 0.01 to 0.09, p = 0.051 after Holm)"),
-    ("words", 5, (2, 8), 0.01, "B is higher than A in words by 5 (95% interval 2 to 8, p = 0.01 after Holm)"),
-    ("urgent", -0.1, (-0.2, -0.05), 0.01,
-     "B is lower than A in urgent by 0.1 (95% interval 0.05 to 0.2, p = 0.01 after Holm)"),
-    ("chrF", 0.1, (-0.3, 0.5), 0.61,
-     "B and A are not distinguishable in chrF "
-     "(difference 0.1, 95% interval -0.3 to 0.5, p = 0.61 after Holm)"),
-    ("chrF", 0.1, (math.nan, math.nan), math.nan,
-     f"B and A are not compared in chrF: fewer than {compare.FEWEST_ROWS} rows"),
-])
-def test_sentence(score, difference, interval, p, expected):
-    assert compare.sentence("A", "B", score, difference, interval, p) == expected
+# --- Student's t ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("df, p, t", [
+    (1, 0.05, 12.706205), (2, 0.05, 4.302653), (4, 0.4, 0.940965), (9, 0.01, 3.249836), (29, 0.05, 2.045230),
+    (259, 0.001, 3.328486), (10_000, 0.05, 1.960201)])
+def test_quantiles_of_the_table(df, p, t):
+    assert compare.student_quantile(p, df) == pytest.approx(t, rel=1e-6)
+    assert compare.student_p(t, 1, df) == compare.student_p(-2 * t, 2, df) == pytest.approx(p, rel=1e-6)
 
 
-def test_sentence_names_the_group():
-    sentence = compare.sentence("A", "B", "chrF", 1.2, (0.4, 2), 0.003, group="critical")
-    assert "better than A in chrF (critical) by 1.2" in sentence
-    assert "chrF (critical)" in compare.sentence("A", "B", "chrF", 0, (-1, 1), 0.9, group="critical")
+def test_student_in_closed_form():
+    """With one degree of freedom it is Cauchy's distribution, with two t / sqrt(2 + t^2)."""
+    for t in (0, 0.1, 1.5, 20, 1e6):
+        assert compare.student_p(t, 1, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t))
+        assert compare.student_p(t, 1, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert compare.student_p(0, 0, 5) == 1 and compare.student_p(1, 0, 5) == pytest.approx(0, abs=1e-9)
+
+
+def test_student_as_scipy():
+    stats = pytest.importorskip("scipy").stats
+    for df in (1.5, 2.5, 7.3, 60, 1234.5, 1e5):
+        for p in (0.8, 0.4, 0.05, 0.0025, 1e-5):
+            assert compare.student_quantile(p, df) == pytest.approx(stats.t.isf(p / 2, df), rel=1e-5)
+        for t in (0.2, 1, 3, 30):
+            assert compare.student_p(t, 1, df) == pytest.approx(2 * stats.t.sf(t, df), abs=1e-6)
+
+
+# --- simulated ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("score, rows, seeds, correlation", [
+    ("mean", 260, 3, 0.6), ("ratio", 90, 5, 0.9), ("contrast", 30, 3, 0.6)])
+def test_type_1_error_and_coverage(coverage, score, rows, seeds, correlation):
+    """5% and 95%, within 3.2 standard errors of 300 repetitions. One seed is far off where seeds matter."""
+    result = coverage.measure(score, rows, seeds, correlation, 300)
+    type_1, one_seed, covered, difference, power, part = result
+    assert 0.01 < type_1 < 0.09
+    assert 0.91 < covered < 0.99
+    assert (one_seed > 0.15) == (part > 0.2)
+    assert 0.5 < power < 0.95
+
+
+def test_benchmark_prints_its_tables(coverage, capsys, monkeypatch):
+    arguments = "--repetitions 5 --seeds 3 --rows 40 --correlations 0.6"
+    monkeypatch.setattr(sys, "argv", ["coverage.py", *arguments.split()])
+    coverage.main()
+    first_words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    rates = ["0.02", "0.02", "0.1", "0.1", "0.5", "0.5"]
+    assert first_words == ["score", "mean", "ratio", "contrast", "rate", *rates]

@@ -1,7 +1,6 @@
 """evaluate.py: what it answers and scores, what it keeps, how it goes on, what it refuses."""
 
 import json
-import math
 import os
 import shutil
 
@@ -105,12 +104,11 @@ SHORT = ["--rows", 9, "--max-new-tokens", 8, "--dtype", "fp32", "--bertscore", "
 
 @pytest.fixture(scope="module", autouse=True)
 def pictures():
-    """{name: function}: not called where the report is not looked at; drawing takes longer than the rest."""
-    functions = {name: getattr(report, name) for name in ("draw_scores", "draw_training", "draw_weights")}
+    """Not drawn where the report is not looked at: it takes longer than the rest."""
+    draw = report.draw_differences
     with pytest.MonkeyPatch.context() as patch:
-        for name in functions:
-            patch.setattr(report, name, lambda evaluation: None)
-        yield functions
+        patch.setattr(report, "draw_differences", lambda evaluation, endpoint: None)
+        yield draw
 
 
 @pytest.fixture
@@ -150,14 +148,19 @@ def answers_of(run):
 
 
 def means_of(found):
-    return {(m["setting"], m["group"], m["score"]): m["mean"] for m in found["means"]}
+    return {(m["setting"], m["group"], m["score"]): m["value"] for m in found["means"]}
+
+
+def setting_of(found, run):
+    """What the setting of a run is called."""
+    return next(setting["name"] for setting in found["settings"] if str(run) in setting["runs"])
 
 
 # --- what is answered and scored ----------------------------------------------------------------------------
 
 def test_likelihood_is_that_of_a_loop(run, held_out, start):
-    """Of every test row, one document at a time; means are sums over sums: of all rows, by class, weighted,
-    by specialty."""
+    """Of every test row, one document at a time; the NLL per token is a mean over rows, and beside it over
+    tokens."""
     means = means_of(start(run, "--rows", 2000))
     answers = findings.load_answers(answers_of(run)).rows
     assert [row.row for row in answers] == [pair.row for pair in held_out]
@@ -170,17 +173,15 @@ def test_likelihood_is_that_of_a_loop(run, held_out, start):
         logits = model(ids[:-1], [len(ids) - 1])[first - 1:] @ model.head_weight.T
         nll[i], tokens[i] = F.cross_entropy(logits, ids[first:], reduction="sum").item(), len(ids) - first
         assert (row.nll, row.tokens) == pytest.approx((nll[i], tokens[i]), rel=1e-4)
-    groups = {"all": np.ones(len(nll)),
-              "by p(critical)": np.array([pair.probabilities[2] for pair in held_out])}
+    groups = {"all": np.ones(len(nll))}
     groups |= {name: np.array([pair.severity == i for pair in held_out])
                for i, name in enumerate(severity.CLASSES)}
     groups |= {f"specialty: {name}": np.array([pair.specialty == name for pair in held_out])
                for name in ("قلب", "جلد")}
     for group, w in groups.items():
-        mean = (w @ nll) / (w @ tokens)
-        assert means[str(run), group, "NLL"] == pytest.approx(mean, rel=1e-4)
-        assert means[str(run), group, "perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
-    assert {group for _, group, _ in means} == set(groups)
+        assert means["run", group, "NLL"] == pytest.approx((w @ (nll / tokens)) / w.sum(), rel=1e-4)
+        assert means["run", group, "NLL over tokens"] == pytest.approx((w @ nll) / (w @ tokens), rel=1e-4)
+    assert {group for _, group, _ in means} == {*groups, "critical minus non-critical"}
 
 
 def test_answers_are_the_models_own(run, held_out, start):
@@ -209,9 +210,9 @@ def test_answers_are_the_models_own(run, held_out, start):
 
 
 def test_two_models_and_their_report(run, start, tmp_path, monkeypatch, capsys, pictures):
-    """Each is scored by its own answers; table, report and lines of rows say the same numbers."""
-    for name, draw in pictures.items():
-        monkeypatch.setattr(report, name, draw)
+    """Each is scored by its own answers; table, report and lines of rows say the same numbers; one seed gets no
+    verdict, and the run is asked for that would give one."""
+    monkeypatch.setattr(report, "draw_differences", pictures)
     other = load_model(run)
     with torch.no_grad():
         other.head_weight.mul_(0.7)
@@ -222,21 +223,54 @@ def test_two_models_and_their_report(run, start, tmp_path, monkeypatch, capsys, 
         path, = kept.glob("answers-*.jsonl")
         rows = findings.load_answers(path).rows
         words = [len(scores.words(row.answer)) for row in rows]
-        assert means[name, "all", "words"] == pytest.approx(np.mean(words))
-        assert means[name, "all", "unfinished"] == np.mean([not row.finished for row in rows])
+        setting = setting_of(found, name)
+        assert means[setting, "all", "words"] == pytest.approx(np.mean(words))
+        assert means[setting, "all", "unfinished"] == np.mean([not row.finished for row in rows])
         assert {s["row"]: s["NLL"] for s in row_scores if s["run"] == name} == {
             row.row: pytest.approx(row.nll / row.tokens) for row in rows}
-    assert means[names[0], "all", "NLL"] < means[names[1], "all", "NLL"]
-    sentence = next(c["sentence"] for c in found["comparisons"] if (c["score"], c["group"]) == ("NLL", "all"))
-    assert sentence.startswith(f"{names[1]} is worse than {names[0]} in NLL by ")
+    assert means["run", "all", "NLL"] < means["other", "all", "NLL"]
+    sentence = found["verdicts"][0]["sentence"]
+    assert sentence.startswith("other and run: these two runs differ by +")
+    assert "one seed says nothing about the settings" in sentence and "python finetune.py --seed 1 ..." in sentence
     out, printed = tmp_path / "out", capsys.readouterr().out
     table, page = (out / "table.txt").read_text(), Page((out / "report.html").read_text())
     assert table in printed + "\n" and sentence in printed and sentence in page.texts
-    nll = f"{means[names[0], 'all', 'NLL']:.4f}"
-    assert nll in table and any(cell.startswith(nll) for row in page.tables["Scores"][0] for cell in row)
+    nll = f"{means['run', 'all', 'NLL']:.4f}"
+    assert nll in table and page.tables["Main scores"][0][1][1].startswith(nll[:4])
     assert {path.name for path in out.iterdir() if not path.name.startswith("answers-")} == {
-        "table.txt", "evaluation.json", "report.html", "scores.jsonl", "generations.jsonl", "scores.png",
-        "training.png", "weights.png"}
+        "table.txt", "evaluation.json", "report.html", "scores.jsonl", "generations.jsonl", "nll.png",
+        "contrast.png"}
+
+
+def seeds_of(run, name, coefficients, seeds=(0, 1, 2), noise=0.0):
+    """Copies of a run that pass for trainings with other seeds and weights."""
+    copies = []
+    for seed in seeds:
+        copy = copy_of(run, run.parent / f"{name}-{seed}")
+        facts = hub.read_json(copy / "run.json")
+        arguments = facts["arguments"] | {"seed": seed, "weighting": name}
+        checkpoint.write_json(copy / "run.json", facts | {"arguments": arguments, "coefficients": coefficients})
+        model = load_model(copy)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model.head_weight.mul_(1 + 0.01 * seed + noise)
+        save_model(model, load_tokenizer(copy), copy)
+        copies.append(copy)
+    return copies
+
+
+def test_settings_with_seeds(run, start, capsys, asked):
+    """Likelihoods alone are enough for verdicts; --against names another control, also one that was not given."""
+    none = seeds_of(run, "none", [1, 1, 1])
+    hot = seeds_of(run, "hot", [0.5, 1, 1.5], noise=-0.5)
+    arguments = ("--max-new-tokens", 0, "--rows", 2000)
+    found = start(*hot, *none, *arguments)
+    assert not asked and found["score_names"] == ["NLL", "NLL over tokens"]
+    verdict, contrast = found["verdicts"]
+    assert (found["control"], verdict["setting"], verdict["finding"]) == ("none", "hot", "is worse than")
+    assert verdict["sentence"] in capsys.readouterr().out and contrast["endpoint"] == "contrast"
+    found = start(*none, *hot[1:], *arguments, "--against", hot[0])
+    assert (found["control"], found["verdicts"][0]["finding"]) == ("hot", "is better than")
 
 
 def test_a_run_is_scored_by_its_best_step(base, table, tmp_path, start):
@@ -252,8 +286,8 @@ def test_a_run_is_scored_by_its_best_step(base, table, tmp_path, start):
     alone = checkpoint_of(run, tmp_path / "alone")
     last = checkpoint_of(base, tmp_path / "last")
     others = means_of(start(alone, last, "--data", table))
-    assert means[str(run), "all", "NLL"] == pytest.approx(others[str(alone), "all", "NLL"], rel=1e-6)
-    assert abs(means[str(run), "all", "NLL"] - others[str(last), "all", "NLL"]) > 0.01
+    assert means["run", "all", "NLL"] == pytest.approx(others["alone", "all", "NLL"], rel=1e-6)
+    assert abs(means["run", "all", "NLL"] - others["last", "all", "NLL"]) > 0.01
 
 
 def test_how_it_draws_and_half_a_character(run, start, monkeypatch):
@@ -292,13 +326,13 @@ def test_recipe_paper(run, monkeypatch):
 
 
 def test_few_rows_read_well(run, start, capsys):
-    """No intervals, no comparison, and one line that says so; also of a single row."""
+    """No intervals, no verdict; also of a single row."""
     other = checkpoint_of(run, run.parent / "other")
     for rows in (9, 1):
         found = start(run, other, "--rows", rows)
-        assert found["comparisons"] == [] and {m["low"] for m in found["means"]} == {None}
+        assert {m["low"] for m in found["means"]} == {None} == {v["p_holm"] for v in found["verdicts"]}
         printed = capsys.readouterr().out
-        assert printed.count("fewer than 20 rows") == 1 and "nan" not in printed.lower()
+        assert "nan" not in printed.lower()
         assert "None" not in printed
 
 
@@ -306,7 +340,7 @@ def test_rows_without_severity(run, start, table, rows, tmp_path):
     bare = [{"question": row["Question"], "answer": row["Answer"]} for row in rows]
     bare = write(tmp_path / "bare.jsonl", bare)
     found = start(run, "--data", bare)
-    assert list(found["groups"]) == ["all"] and found["runs"][str(run)]["weights"] == []
+    assert list(found["groups"]) == ["all"]
 
 
 # --- what can be evaluated ----------------------------------------------------------------------------------
@@ -318,13 +352,10 @@ def test_every_kind_of_model(whole, table, base, tmp_path, start):
     brought = answers_of(tmp_path / "base").rename(tmp_path / "brought.jsonl")
     found = start(lora, lora / "merged", whole, brought)
     names = [str(lora), str(lora / "merged"), str(whole), str(tmp_path / "base")]
-    assert found["settings"] == [{"name": name, "runs": [name]} for name in names]
-    nll = [means_of(found)[name, "all", "NLL"] for name in names]
+    assert [setting["runs"] for setting in found["settings"]] == [[name] for name in names]
+    nll = [means_of(found)[setting_of(found, name), "all", "NLL"] for name in names]
     assert nll[1] == pytest.approx(nll[0], rel=1e-4) and len({round(x, 3) for x in nll}) == 3
-    runs = found["runs"]
-    assert [len(runs[name]["metrics"]) for name in names] == [4, 4, 0, 8]
-    assert len(runs[str(lora)]["weights"]) == 9
-    assert runs[str(whole)] == {"metrics": [], "validation": [], "weights": []}
+    assert [len(found["validation"][name]) for name in names] == [1, 1, 0, 2]
     assert answers_of(lora / "merged").is_file() and next((tmp_path / "out").glob("answers-whole-*.jsonl"))
 
 
@@ -341,8 +372,8 @@ def test_answers_from_elsewhere_bring_their_run(base, tmp_path, start):
     other = facts | {"arguments": facts["arguments"] | {"lr": 7}}
     checkpoint.write_json(tmp_path / "there-1" / "run.json", other)
     found = start("0.jsonl", "1.jsonl")
-    assert found["settings"] == [{"name": "there", "runs": ["there-0", "there-1"]}]
-    assert [found["runs"][name]["metrics"] for name in ("there-0", "there-1")] == [[], []]
+    assert found["settings"] == [{"name": "there", "runs": ["there-0", "there-1"], "seeds": [0, 1]}]
+    assert found["validation"] == {"there-0": [], "there-1": []}
     shutil.copy(tmp_path / "0.jsonl", tmp_path / "2.jsonl")
     found = start("0.jsonl", "2.jsonl")
     # one name for two files would be one column
@@ -362,8 +393,8 @@ def test_a_run_is_called_what_is_typed(run, start, tmp_path, monkeypatch, asked)
     start(run)
     monkeypatch.chdir(run)
     found = start("../run")
-    assert found["settings"] == [{"name": "../run", "runs": ["../run"]}]
-    assert len(found["runs"]["../run"]["metrics"]) == 8
+    assert found["settings"] == [{"name": "run", "runs": ["../run"], "seeds": [0]}]
+    assert len(found["validation"]["../run"]) == 2
     assert len(asked) == 1
 
 
@@ -387,6 +418,26 @@ def test_columns_of_the_run_and_those_that_are_given(run, table, rows, tmp_path,
                                                      "columns": {"complaint": "ask", "response": "say"}})
     assert list(start(run)["groups"]) == ["all"]
     assert list(start(run, "--columns", "specialty=kind")["groups"]) == ["all", "specialty: x"]
+
+
+def test_a_table_that_is_a_test_set(run, rows, start, tmp_path):
+    """--split all takes every row; a run that was trained with that very table is refused, copied or not."""
+    other = [row | {"Question": row["Question"].replace("منذ", "قبل")} for row in rows]
+    found = start(run, "--data", write(tmp_path / "all.jsonl", other), "--split", "all", "--rows", 2000)
+    assert found["groups"]["all"] == 120 and found["protocol"]["split"] == "all"
+
+
+def test_the_table_of_a_run_from_another_folder(base, table, tmp_path, monkeypatch, capsys):
+    """run.json holds the path as it was typed; it is looked for from the folders above the run."""
+    run = copy_of(base, tmp_path / "work" / "runs" / "run")
+    shutil.copy(table, tmp_path / "work" / "table.jsonl")
+    facts = hub.read_json(run / "run.json")
+    checkpoint.write_json(run / "run.json", facts | {"table": "table.jsonl"})
+    monkeypatch.chdir(tmp_path)
+    call(evaluate, run, *SHORT, "--max-new-tokens", 0)
+    checkpoint.write_json(run / "run.json", facts | {"table": "gone.jsonl"})
+    refusal(evaluate, run, *SHORT)
+    assert "was trained on gone.jsonl, which is not here: give --data TABLE" in capsys.readouterr().err
 
 
 # --- what is kept, and going on -----------------------------------------------------------------------------
@@ -462,7 +513,8 @@ def test_further_training_is_answered_anew(whole, table, tmp_path, start, asked)
         train(out, whole, table, "--max-steps", 6, "--save-every", 2)
     before = means_of(start(out))
     train(out, whole, table, "--max-steps", 6, "--save-every", 2, "--resume")
-    assert means_of(start(out))[str(out), "all", "NLL"] < before[str(out), "all", "NLL"] and len(asked) == 2
+    after = means_of(start(out))
+    assert after["growing", "all", "NLL"] < before["growing", "all", "NLL"] and len(asked) == 2
 
 
 @pytest.mark.parametrize("change, again", [
@@ -508,14 +560,9 @@ def test_other_line_breaks_in_a_text(run, table, start, tmp_path):
 
 
 def test_a_run_that_is_still_trained(answered, start):
-    """Its last line of metrics may be half written; fp16 leaves infinite norms."""
-    with open(answered / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9, "loss": 1.0, "lr": 0.1, "grad_norm": Infinity}\n{"step": 10, "lo')
+    """It may not have been validated yet."""
     (answered / "validation.json").unlink()
-    records = start(answered)["runs"][str(answered)]
-    assert [line["step"] for line in records["metrics"]] == list(range(1, 10))
-    assert records["metrics"][-1]["grad_norm"] is None
-    assert records["validation"] == []
+    assert start(answered)["validation"] == {str(answered): []}
 
 
 # --- BERTScore ----------------------------------------------------------------------------------------------
@@ -536,10 +583,7 @@ def test_bertscore(answered, start, golden, loads, asked):
     found = start(answered, "--bertscore", encoder, "--bertscore-layer", 1)
     rows = findings.load_answers(answers_of(answered)).rows
     f1 = bertscore.bert_score([row.answer for row in rows], [row.reference for row in rows], encoder, 1)[2]
-    assert means_of(found)[str(answered), "all", "BERTScore F1"] == pytest.approx(f1.mean().item(), rel=1e-5)
-    header, (line,) = found["paper_table"]
-    assert dict(zip(header, line))["balanced"] == f"{100 * f1.mean().item():.2f}"
-    assert "".join(line[1:]) == line[header.index("balanced")]
+    assert means_of(found)["run", "all", "BERTScore F1"] == pytest.approx(f1.mean().item(), rel=1e-5)
     loads.clear()
     assert means_of(start(answered, "--bertscore", encoder, "--bertscore-layer", 1)) == means_of(found)
     assert not loads
@@ -555,9 +599,9 @@ def test_bertscore_is_of_these_answers(answered, start, golden):
     before, path = start(*arguments), answers_of(answered)
     head, *rows = lines(path)
     write(path, [head, *(row | {"answer": row["reference"]} for row in rows)])
-    after = means_of(start(*arguments))[str(answered), "all", "BERTScore F1"]
+    after = means_of(start(*arguments))["run", "all", "BERTScore F1"]
     assert after == pytest.approx(1, abs=1e-4)
-    assert means_of(before)[str(answered), "all", "BERTScore F1"] < 0.999
+    assert means_of(before)["run", "all", "BERTScore F1"] < 0.999
 
 
 def test_without_a_scorer_the_rest_is_computed(answered, start, monkeypatch, capsys):
@@ -571,8 +615,8 @@ def test_without_a_scorer_the_rest_is_computed(answered, start, monkeypatch, cap
     assert "BERTScore was not computed: it is not here. " in printed
     assert "`hf download google-bert/bert-base-multilingual-cased` gets it" in printed
     found = strict(answered.parent / "out" / "evaluation.json")
-    assert {"NLL", "perplexity", "chrF", "BLEU", "ROUGE-L", "urgent"} < {m["score"] for m in found["means"]}
-    assert "BERTScore F1" not in found["score_names"] and found["paper_table"] is None
+    assert {"NLL", "chrF", "BLEU", "ROUGE-L", "urgent"} < {m["score"] for m in found["means"]}
+    assert "BERTScore F1" not in found["score_names"]
 
 
 @pytest.mark.parametrize("encoder", ["nowhere", "{run}"])
@@ -633,6 +677,7 @@ def kinds(base, answered, table, rows, golden, tmp_path, start):
     (curves / "validation.json").write_text("[[4, ")
     (tmp_path / "empty.jsonl").write_bytes(b"")
     return {"model": other_model, "run": run, "answers": answers, "table": table,
+            "copied": shutil.copy(table, tmp_path / "copied.jsonl"),
             "bert": golden / "bertscore", "few": write(tmp_path / "few.jsonl", rows[:2]),
             "here": tmp_path}
 
@@ -658,6 +703,8 @@ REFUSED = [
     ("{run} --columns specialty", "ROLE=COLUMN"),
     ("{run} --data {here}/nowhere.csv", "no such file"),
     ("{run} --data {few}", "none of its complaints falls into the test split"),
+    ("{run} --split all", "--split all would score what it has seen"),
+    ("{run} --split all --data {copied}", "--split all would score what it has seen"),
     ("{answers} {here}/other.jsonl", "evaluated with different max_new_tokens: 8 and 7"),
     ("{answers} {here}/references.jsonl",
      "evaluated with different rows or references: evaluate both in one call"),

@@ -1,5 +1,5 @@
-"""From answers to findings, on made-up answers: means, intervals, comparisons, which runs are one setting,
-the paper's table."""
+"""From answers to findings, on made-up answers: means, intervals, verdicts and when there are none, which runs
+are one setting."""
 
 import json
 import math
@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from sevloss import checkpoint
+from sevloss import checkpoint, severity
 from sevloss.evaluation import compare, findings, scores
 from sevloss.evaluation.findings import Answer, Answers, evaluate, settings_of
 
-PROTOCOL = {"table": "t.csv", "rows": 60, "fingerprint": "0", "max_new_tokens": 8, "temperature": 0.0,
+PROTOCOL = {"table": "t.csv", "rows": 60, "fingerprint": "0", "split": "test", "max_new_tokens": 8, "temperature": 0.0,
             "top_p": 1.0, "seed": 0}
 
 
@@ -44,9 +44,30 @@ def answers_of(name, run=None, rows=60, shift=0.0, seed=0, tokens=None, **column
     return Answers(name, PROTOCOL | {"rows": rows}, answers, None, run or {})
 
 
-def found(*answers, bertscores=None, notes=None):
+def found(*answers, bertscores=None, notes=None, against=None):
     """What evaluation.json would hold."""
-    return evaluate(list(answers), bertscores or {}, [] if notes is None else notes).to_json()
+    return evaluate(list(answers), bertscores or {}, [] if notes is None else notes, against).to_json()
+
+
+def seeds_of(name, seeds=(0, 1, 2), shift=0.0, first=0, coefficients=(0.5, 1.0, 1.5), rows=60, **arguments):
+    """Answers of a run per seed, called name-0 and so on; answers of a seed differ by `first`."""
+    runs = []
+    for seed in seeds:
+        run = run_of(seed=seed, name=name, **arguments) | {"coefficients": list(coefficients)}
+        runs.append(answers_of(f"{name}-{seed}", run, rows, shift, seed=first + seed))
+    return runs
+
+
+CONTROL = (1.0, 1.0, 1.0)
+
+
+def many_critical(answers, change=0.0):
+    """The same with 30 non-critical and 30 critical rows, whose NLL per token is `change` higher."""
+    for a in answers:
+        for row in a.rows:
+            row.severity = 0 if row.row < 30 else 2
+            row.nll += change * row.tokens * (row.row >= 30)
+    return answers
 
 
 def lookup(entries, *keys):
@@ -57,163 +78,236 @@ def lookup(entries, *keys):
 # --- means --------------------------------------------------------------------------------------------------
 
 def test_means_by_hand():
-    """Every score, in every group: sums over sums, with the rows' tokens below NLL alone."""
+    """Every score, in every group: NLL per token as a mean over rows, and beside it sums over sums."""
     a, f1 = answers_of("a"), np.linspace(0.5, 0.9, 60)
     means = lookup(found(a, bertscores={"a": f1})["means"], "group", "score")
     rows, texts = a.rows, [r.answer for r in a.rows]
-    columns = {"BERTScore F1": f1, "chrF": scores.chrf(texts, [r.reference for r in rows]),
+    columns = {"NLL": [r.nll / r.tokens for r in rows], "BERTScore F1": f1,
+               "chrF": scores.chrf(texts, [r.reference for r in rows]),
                "words": [len(t.split()) for t in texts],
                "unfinished": [not r.finished for r in rows]}
     groups = {"all": lambda r: 1, "neutral": lambda r: r.severity == 1,
-              "by p(critical)": lambda r: r.probabilities[2],
               "specialty: ب": lambda r: r.specialty == "ب"}
     for group, weight in groups.items():
         w = np.array([weight(r) for r in rows], dtype=float)
         nll = w @ [r.nll for r in rows] / (w @ [r.tokens for r in rows])
-        assert means[group, "NLL"]["mean"] == pytest.approx(nll)
-        assert means[group, "perplexity"]["mean"] == pytest.approx(math.exp(nll))
+        assert means[group, "NLL over tokens"]["value"] == pytest.approx(nll)
         for score, values in columns.items():
-            assert means[group, score]["mean"] == pytest.approx(w @ np.asarray(values, dtype=float) / w.sum())
+            assert means[group, score]["value"] == pytest.approx(w @ np.asarray(values, dtype=float) / w.sum())
+    contrast = means["critical minus non-critical", "NLL"]["value"]
+    assert contrast == pytest.approx(means["critical", "NLL"]["value"] - means["non-critical", "NLL"]["value"])
 
 
 def test_groups_and_intervals():
-    """Rows per group; intervals of groups of 20 rows or more, around the mean; perplexity's are those of
-    NLL."""
-    result = found(answers_of("a"))
+    """Rows per group; intervals of groups of 20 effective rows or more, Wilson's for rates: never outside [0, 1],
+    never empty."""
+    result = found(answers_of("a", finished=True))
     assert result["groups"] == {"all": 60, "non-critical": 20, "neutral": 30, "critical": 10,
-                                "by p(critical)": 60,
+                                "critical minus non-critical": 10,
                                 **{f"specialty: {s}": 15 for s in sorted("أبجد")}}
     means = lookup(result["means"], "group", "score")
-    for (group, _), entry in means.items():
-        assert (entry["low"] is None) == (entry["high"] is None) == (result["groups"][group] < 20)
-        assert entry["sd_seeds"] is None
-        assert entry["low"] is None or entry["low"] <= entry["mean"] <= entry["high"]
-    nll, perplexity = means["all", "NLL"], means["all", "perplexity"]
-    assert nll["low"] < nll["mean"] < nll["high"]
-    for key in ("low", "high"):
-        assert perplexity[key] == pytest.approx(math.exp(nll[key]))
-    assert list(result["score_names"])[:3] == ["NLL", "perplexity", "chrF"]
+    for entry in means.values():
+        assert (entry["low"] is None) == (entry["high"] is None) == (entry["rows"] < 20)
+        assert entry["sd_seeds"] is None and entry["seeds"] == 0
+        assert entry["low"] is None or entry["low"] <= entry["value"] <= entry["high"]
+    assert list(result["score_names"])[:3] == ["NLL", "NLL over tokens", "chrF"]
+    unfinished = means["all", "unfinished"]
+    assert (unfinished["value"], unfinished["low"]) == (0, 0) and unfinished["high"] > 0.05
+
+
+def test_predicted_classes_are_not_labels():
+    """Groups of their own; no part in the contrast where there are labels; where there are none the contrast is
+    by predicted class, and says so."""
+    a = answers_of("a")
+    for row in a.rows[:30]:
+        row.severity = None
+    groups = found(a)["groups"]
+    assert groups["neutral"] == 20 and groups["critical"] == 10 and "non-critical" not in groups
+    predicted = [f"predicted {name}" for name in severity.CLASSES]
+    assert sum(groups[name] for name in predicted) == 30 and "by p(critical)" not in groups
+    assert not any("minus" in name for name in groups)
+
+    runs = [*seeds_of("none", coefficients=CONTROL, rows=200), *seeds_of("mild", first=9, rows=200)]
+    for a in runs:
+        for row in a.rows:
+            row.severity = None
+    result = found(*runs)
+    likeliest = [max(range(3), key=row.probabilities.__getitem__) for row in runs[0].rows]
+    assert result["groups"]["predicted critical"] == likeliest.count(2)
+    assert result["groups"]["by p(critical)"] == 200 and not set(severity.CLASSES) & set(result["groups"])
+    sentence = lookup(result["verdicts"], "endpoint")["contrast",]["sentence"]
+    assert sentence.endswith("This is by predicted class: what the loss did, not whom it helped.")
 
 
 def test_unknown_severity_and_probabilities():
     result = found(answers_of("a", severity=None, probabilities=None, specialty="", run=run_of()))
-    assert list(result["groups"]) == ["all"] and result["runs"]["a"]["weights"] == []
+    assert list(result["groups"]) == ["all"]
 
 
-def test_scores_of_rows():
-    """NLL per token, all others as they are."""
-    a, b = answers_of("a"), answers_of("b", seed=1)
-    columns = evaluate([a, b], {}, []).row_scores
-    assert columns["b"]["NLL"][25] == pytest.approx(b.rows[25].nll / b.rows[25].tokens)
-    assert columns["a"]["words"].tolist() == [len(row.answer.split()) for row in a.rows]
+def test_likelihoods_alone():
+    """Without answers there are no scores of answers, and the verdicts are there."""
+    runs = [*seeds_of("none", coefficients=CONTROL), *seeds_of("mild", first=9)]
+    for a in runs:
+        a.protocol["max_new_tokens"] = 0
+    result = found(*runs)
+    assert result["score_names"] == ["NLL", "NLL over tokens"] and len(result["verdicts"]) == 2
 
 
 def test_nothing_that_json_lacks():
-    """A likelihood that overflowed is null in means and comparisons."""
-    result = found(answers_of("a", nll=math.nan), answers_of("b"))
+    """A likelihood that overflowed is null in means and verdicts."""
+    broken, *runs = [*seeds_of("none", coefficients=CONTROL), *seeds_of("mild", first=9)]
+    for row in broken.rows:
+        row.nll = math.nan
+    result = found(broken, *runs)
     means = lookup(result["means"], "setting", "group", "score")
-    comparisons = lookup(result["comparisons"], "group", "score")
-    assert means["a", "all", "NLL"]["mean"] is means["a", "all", "perplexity"]["mean"] is None
-    assert comparisons["all", "NLL"]["p_holm"] is None and comparisons["all", "chrF"]["p_holm"] <= 1
-    assert means["b", "all", "NLL"]["mean"] > 0
+    assert means["none", "all", "NLL"]["value"] is None and means["mild", "all", "NLL"]["value"] > 0
+    verdict = result["verdicts"][0]
+    assert verdict["p_holm"] is None and verdict["finding"] == "no verdict"
     json.dumps(result, allow_nan=False)
 
 
 def test_keys_of_the_json():
     """What other programs read."""
     result = found(answers_of("a"), answers_of("b", seed=1))
-    assert set(result) == {"protocol", "settings", "groups", "score_names", "lower_is_better", "means",
-                           "comparisons", "paper_table", "notes", "runs"}
-    assert list(result["means"][0]) == ["setting", "score", "group", "mean", "low", "high", "sd_seeds"]
-    assert list(result["comparisons"][0]) == ["a", "b", "score", "group", "difference", "low", "high", "p",
-                                              "p_holm", "sentence"]
-    assert result["settings"][0] == {"name": "a", "runs": ["a"]}
-    assert set(result["runs"]["a"]) == {"metrics", "validation", "weights"}
+    assert set(result) == {"protocol", "settings", "control", "groups", "contrast", "score_names", "means",
+                           "differences", "verdicts", "summary", "notes", "validation"}
+    estimate = ["setting", "score", "group", "value", "low", "high", "error", "df", "rows", "seeds", "p",
+                "sd_seeds"]
+    assert list(result["means"][0]) == list(result["differences"][0]) == estimate
+    assert list(result["verdicts"][0]) == ["setting", "control", "endpoint", "seeds", "difference", "p_holm",
+                                           "detectable", "finding", "sentence"]
+    assert result["settings"][0] == {"name": "a", "runs": ["a"], "seeds": [None]}
 
 
-# --- comparisons --------------------------------------------------------------------------------------------
+# --- verdicts -----------------------------------------------------------------------------------------------
 
-def test_comparison_of_two():
-    """b minus a, paired; the interval and p of compare.py; Holm over all of them; the sentence is about these
-    numbers."""
-    a, b = answers_of("a"), answers_of("b", shift=0.25, seed=1)
-    result = found(a, b)
-    comparisons = lookup(result["comparisons"], "group", "score")
-    means = lookup(result["means"], "setting", "group", "score")
-    # 10 critical rows are too few, and specialties are not compared
-    groups = ["all", "non-critical", "neutral", "by p(critical)"]
-    assert {group for group, _ in comparisons} == set(groups)
-    assert {score for _, score in comparisons} == set(result["score_names"]) - {"perplexity"}
-    for (group, score), entry in comparisons.items():
-        mean_a, mean_b = (means[setting, group, score]["mean"] for setting in "ab")
-        assert entry["difference"] == pytest.approx(mean_b - mean_a)
-    nll = [np.array([row.nll for row in x.rows]) for x in (a, b)]
-    tokens = [row.tokens for row in a.rows]
-    expected = compare.compare_settings(nll[0][None], nll[1][None], tokens)
-    entry = comparisons["all", "NLL"]
-    assert [entry[key] for key in ("difference", "low", "high", "p")] == pytest.approx(list(expected))
-    corrected = compare.holm([c["p"] for c in result["comparisons"]])
-    assert [c["p_holm"] for c in result["comparisons"]] == pytest.approx(corrected.tolist())
-    interval = entry["low"], entry["high"]
-    expected = compare.sentence("a", "b", "NLL", entry["difference"], interval, entry["p_holm"])
-    assert entry["sentence"] == expected
-    assert entry["sentence"].startswith("b is worse than a in NLL by 0.2")
-    assert "NLL (neutral)" in comparisons["neutral", "NLL"]["sentence"]
+def test_verdicts_are_on_two_endpoints_alone():
+    """The seed-paired test of compare.py, Holm over what is tested, the sentence with these numbers; of all other
+    scores and groups differences without p."""
+    none = many_critical(seeds_of("none", coefficients=CONTROL))
+    mild = many_critical(seeds_of("mild", shift=-0.3, first=5))
+    result = found(*none, *mild)
+    nll, contrast = result["verdicts"]
+    a, b = (np.array([[row.nll / row.tokens for row in x.rows] for x in side]) for side in (none, mild))
+    critical = np.arange(60) >= 30
+    expected = [compare.paired_t(a, b), compare.paired_t(a, b, 1.0, critical, ~critical)]
+    for verdict, test, p in zip((nll, contrast), expected, compare.holm([test.p for test in expected])):
+        assert [verdict["difference"][key] for key in ("value", "low", "high", "p")] == pytest.approx(
+            [test.value, test.low, test.high, test.p])
+        assert verdict["p_holm"] == pytest.approx(p)
+        assert verdict["detectable"] == pytest.approx(compare.detectable_difference(test, 0.05 / 2))
+        assert verdict["seeds"] == [0, 1, 2]
+    assert nll["finding"] == "is better than" and contrast["finding"] == "is not distinguishable from"
+    assert nll["sentence"].startswith(f"mild is better than none in NLL: {expected[0].value:+.2f} [")
+    assert f"A difference of {nll['detectable']:.2g} would be found in 80% of such cases." in nll["sentence"]
+    assert {entry["p"] for entry in result["differences"]} == {None}
+    assert result["summary"] == [
+        "How well the model foresees what doctors wrote, against none: better with mild.",
+        "Whether it shifts towards critical complaints: no shift found with mild."]
 
 
-def test_every_pair_once():
-    comparisons = found(*[answers_of(name, seed=i) for i, name in enumerate("abc")])["comparisons"]
-    assert list(dict.fromkeys((c["a"], c["b"]) for c in comparisons)) == [("a", "b"), ("a", "c"), ("b", "c")]
+@pytest.mark.parametrize("change, finding, summary", [
+    (-0.5, "shifts towards critical rows against", "yes with mild"),
+    (0.5, "shifts away from critical rows against", "the opposite with mild")])
+def test_the_contrast_is_neither_better_nor_worse(change, finding, summary):
+    """It says which way, and what becomes of both classes."""
+    result = found(*many_critical(seeds_of("none", coefficients=CONTROL)),
+                   *many_critical(seeds_of("mild", first=5), change))
+    verdict = result["verdicts"][1]
+    assert verdict["finding"] == finding and summary in result["summary"][1]
+    differences = lookup(result["differences"], "score", "group")
+    for group in ("critical", "non-critical"):
+        value = differences["NLL", group]["value"]
+        assert f"{value:+.2f} [" in verdict["sentence"] and f"in {group} rows" in verdict["sentence"]
+    assert "better" not in verdict["sentence"] and "worse" not in verdict["sentence"]
 
 
-def test_a_large_family_can_still_differ():
-    """With 10,000 resamples the least p is 0.0002: times several hundred comparisons, nothing could ever be
-    distinguished."""
-    models = [answers_of(f"run {name}", rows=25, shift=i, seed=i) for i, name in enumerate("abcdef")]
-    comparisons = found(*models)["comparisons"]
-    assert len(comparisons) * 0.0002 > 0.05
-    assert all(c["p_holm"] < 0.05 for c in comparisons if (c["score"], c["group"]) == ("NLL", "all"))
+@pytest.mark.parametrize("seeds, says, command", [
+    ([0], "these two runs differ by", "--seed 1 ..."),
+    ([1], "one seed says nothing about the settings", "--seed 0 ..."),
+    ([0, 1], "two seeds say nothing about the settings", "--seed 2 ...")])
+def test_no_verdict_without_three_seeds(seeds, says, command):
+    """However large the difference. The command that would settle it is named."""
+    result = found(*seeds_of("none", seeds, coefficients=CONTROL), *seeds_of("mild", seeds, shift=9, first=5))
+    verdict = result["verdicts"][0]
+    assert says in verdict["sentence"] and f"(python finetune.py {command}" in verdict["sentence"]
+    assert verdict["p_holm"] is None and verdict["finding"] == "no verdict"
+    assert verdict["difference"]["low"] > 8  # an interval over rows
+    name = "none" if len(seeds) > 1 else f"none-{seeds[0]}"
+    assert result["summary"] == [f"No verdict: it takes three seeds in common with {name}, and 20 rows."]
 
 
-def test_few_rows_are_not_compared():
-    """One note, not a line per score."""
+def test_seeds_are_paired_by_number():
+    """Whatever the order of the runs. Those that only one side has are named and left out."""
+    none = seeds_of("none", (0, 1, 2, 3, 7), coefficients=CONTROL)
+    mild = seeds_of("mild", (2, 1, 0, 9), shift=-0.2, first=5)
     notes = []
-    assert found(answers_of("a", rows=19), answers_of("b", rows=19), notes=notes)["comparisons"] == []
-    assert notes == ["Differences are not tested: there are fewer than 20 rows"]
-    notes = []
-    assert found(answers_of("a", rows=20), answers_of("b", rows=20), notes=notes)["comparisons"]
-    assert notes == []
-    assert found(answers_of("a", rows=5), notes=notes)["comparisons"] == notes == []
+    result = found(*none, *mild, notes=notes)
+    verdict = result["verdicts"][0]
+    assert verdict["seeds"] == [0, 1, 2]
+    assert notes == ["mild and none: only one of them has seed 3, 7 and 9, left out where they are compared"]
+    a, b = (np.array([[row.nll / row.tokens for row in side[i].rows] for i in order])
+            for side, order in ((none, (0, 1, 2)), (mild, (2, 1, 0))))
+    assert verdict["difference"]["error"] == pytest.approx(compare.paired_t(a, b).error)
+    assert lookup(result["means"], "setting", "score", "group")["none", "NLL", "all"]["seeds"] == 5
+
+
+def test_no_seed_in_common():
+    result = found(*seeds_of("none", (0, 1, 2), coefficients=CONTROL), *seeds_of("mild", (3, 4, 5)))
+    verdict, = result["verdicts"]
+    assert verdict["sentence"].startswith("mild and none have no seed in common and are not compared.")
+    assert result["differences"] == []
+
+
+def test_a_checkpoint_is_a_constant():
+    """Paired with every seed; two checkpoints are no settings at all."""
+    plain, runs = answers_of("gpt", shift=1), seeds_of("mild")
+    verdict = found(*runs, plain)["verdicts"][0]
+    assert (verdict["setting"], verdict["finding"], verdict["seeds"]) == ("gpt", "is worse than", [0, 1, 2])
+    verdict = found(answers_of("gpt"), answers_of("bloom", shift=2))["verdicts"][0]
+    assert verdict["finding"] == "no verdict" and "finetune.py" not in verdict["sentence"]
+
+
+def test_the_control():
+    """The setting with equal weights, else the first; --against names another one."""
+    runs = [*seeds_of("mild"), *seeds_of("none", coefficients=CONTROL), *seeds_of("strong")]
+    assert found(*runs)["control"] == "none"
+    assert {v["control"] for v in found(*runs)["verdicts"]} == {"none"}
+    assert found(*runs[:3], *runs[6:])["control"] == "mild"
+    assert found(*runs, against="strong-1")["control"] == "strong"
+    assert [v["setting"] for v in found(*runs, against="strong-1")["verdicts"]] == ["mild", "mild", "none", "none"]
+
+
+def test_few_rows_get_no_verdict():
+    result = found(*seeds_of("none", coefficients=CONTROL, rows=19), *seeds_of("mild", shift=9, rows=19))
+    assert result["verdicts"][0]["finding"] == "no verdict"
+    assert "19 rows are too few for a verdict." in result["verdicts"][0]["sentence"]
 
 
 def test_likelihoods_of_other_tokens_are_not_compared():
     notes = []
     result = found(answers_of("a"), answers_of("b", seed=1), answers_of("c", tokens=9), notes=notes)
-    pairs = {(c["a"], c["b"]) for c in result["comparisons"] if c["score"] == "NLL"}
-    assert pairs == {("a", "b")}
-    assert {(c["a"], c["b"]) for c in result["comparisons"]} == {("a", "b"), ("a", "c"), ("b", "c")}
-    assert [note[:26] for note in notes] == ["NLL of a and c is not comp", "NLL of b and c is not comp"]
+    assert {v["setting"] for v in result["verdicts"]} == {"b"}
+    assert {(d["setting"], d["score"]) for d in result["differences"]} > {("b", "NLL"), ("c", "chrF")}
+    assert not [d for d in result["differences"] if d["setting"] == "c" and "NLL" in d["score"]]
+    assert [note[:26] for note in notes] == ["NLL of c and a is not comp"]
 
 
 # --- settings -----------------------------------------------------------------------------------------------
 
 def test_seeds_are_one_setting():
-    """Its mean is that of the runs, its spread their standard deviation; and seeds are resampled in
-    comparisons."""
+    """Its mean is that of the runs, its spread their standard deviation; three are in the interval."""
     a = [answers_of(f"a-{s}", run_of(seed=s), shift=(0.0, 0.5, 0.1)[s], seed=s) for s in range(3)]
     b = [answers_of(f"b-{s}", run_of(seed=s, weighting="mild"), shift=0.3, seed=5 + s) for s in range(2)]
     result = found(*a, *b)
-    assert result["settings"] == [{"name": "a", "runs": ["a-0", "a-1", "a-2"]},
-                                  {"name": "b", "runs": ["b-0", "b-1"]}]
+    assert result["settings"] == [{"name": "a", "runs": ["a-0", "a-1", "a-2"], "seeds": [0, 1, 2]},
+                                  {"name": "b", "runs": ["b-0", "b-1"], "seeds": [0, 1]}]
     each = [sum(row.nll for row in x.rows) / sum(row.tokens for row in x.rows) for x in a]
     means = lookup(result["means"], "setting", "group", "score")
-    assert means["a", "all", "NLL"]["mean"] == pytest.approx(np.mean(each))
-    assert means["a", "all", "NLL"]["sd_seeds"] == pytest.approx(np.std(each, ddof=1))
-    assert means["a", "all", "perplexity"]["sd_seeds"] is None
-    values = [np.array([[row.nll for row in x.rows] for x in side]) for side in (a, b)]
-    expected = compare.compare_settings(*values, [row.tokens for row in a[0].rows])
-    entry = lookup(result["comparisons"], "group", "score")["all", "NLL"]
-    assert [entry[key] for key in ("difference", "low", "high", "p")] == pytest.approx(list(expected))
+    entry = means["a", "all", "NLL over tokens"]
+    assert entry["value"] == pytest.approx(np.mean(each))
+    assert entry["sd_seeds"] == pytest.approx(np.std(each, ddof=1))
+    assert entry["seeds"] == 3 and means["b", "all", "NLL"]["seeds"] == 0
 
 
 def settings(**runs):
@@ -224,17 +318,17 @@ def settings(**runs):
 
 def test_what_is_one_setting():
     seeds = dict(r_a0=run_of(seed=0), r_a1=run_of(seed=1))
-    assert settings(**seeds) == {"r/a": ["r/a0", "r/a1"]}
+    assert settings(**seeds) == {"a": ["r/a0", "r/a1"]}
     same = dict(r_a0=run_of(seed=0, out="x", device="cuda:0", data="t.csv", classifier="runs/c"),
                 r_a1=run_of(seed=1, out="y", device="cuda:1", data="./t.csv", classifier="./runs/c"))
-    assert settings(**same) == {"r/a": ["r/a0", "r/a1"]}  # the fingerprint says that the data was the same
+    assert settings(**same) == {"a": ["r/a0", "r/a1"]}  # the fingerprint says that the data was the same
     for key in ("lr", "weighting", "fingerprint", "ckpt", "dtype"):
         other = {key: "other"}
         found = settings(r_a0=run_of(seed=0), r_a1=run_of(seed=1, **other))
         assert list(found.values()) == [["r/a0"], ["r/a1"]], other
     # one seed twice is no two seeds
-    assert settings(r_a0=run_of(), r_copy=run_of()) == {"r/a0": ["r/a0"], "r/copy": ["r/copy"]}
-    assert settings(r_a0=None, r_a1=None) == {"r/a0": ["r/a0"], "r/a1": ["r/a1"]}  # plain checkpoints
+    assert settings(r_a0=run_of(), r_copy=run_of()) == {"a0": ["r/a0"], "copy": ["r/copy"]}
+    assert settings(r_a0=None, r_a1=None) == {"a0": ["r/a0"], "a1": ["r/a1"]}  # plain checkpoints
     assert list(settings(r_a0=run_of(seed=0), r_a1=run_of(seed=1), r_a2=run_of(seed=1), x=None).values()) == [
         ["r/a0", "r/a1"], ["r/a2"], ["x"]]
 
@@ -246,58 +340,34 @@ def test_merged_models_of_several_seeds():
 
 
 def test_names_of_settings():
-    """What the runs' names share; else the arguments that differ, and of a plain checkpoint its name; else
-    all names."""
+    """What the runs' names share, without the folder that all lie in; else the arguments that differ, and of a
+    plain checkpoint its name; else the first run's name."""
     names = ["r_lr1e-4-0", "r_lr1e-4-1"]
-    assert list(settings(**{names[0]: run_of(seed=0), names[1]: run_of(seed=1)})) == ["r/lr1e-4"]
-    assert list(settings(**{"r_x-009": run_of(seed=0), "r_x-010": run_of(seed=1)})) == ["r/x"]
+    assert list(settings(**{names[0]: run_of(seed=0), names[1]: run_of(seed=1)})) == ["lr1e-4"]
+    assert list(settings(**{"r_x-009": run_of(seed=0), "r_x-010": run_of(seed=1)})) == ["x"]
+    assert list(settings(r_x_plain=None, r_y_plain=None)) == ["x/plain", "y/plain"]
+    assert list(settings(r_x_plain=None, r_x_mild=None)) == ["plain", "mild"]
+    assert list(settings(r_x=run_of(), gpt=None)) == ["r/x", "gpt"]
     runs = {"r_1": run_of(seed=0), "r_2": run_of(seed=1)}
     runs |= {f"r_{3 + seed}": run_of(seed=seed, weighting="mild", lr=1) for seed in (0, 1)}
     assert list(settings(**runs)) == ["weighting none, lr 0.001", "weighting mild, lr 1"]
-    assert list(settings(**runs, base=None)) == ["weighting none, lr 0.001", "weighting mild, lr 1", "base"]
-    assert list(settings(r_1=run_of(seed=0), r_2=run_of(seed=1))) == ["r/1, r/2"]
-    both = {name: run | {"data_fingerprint": run["arguments"]["weighting"]} for name, run in runs.items()}
-    # a fingerprint says nothing to people
-    assert list(settings(**both)) == ["weighting none, lr 0.001", "weighting mild, lr 1"]
     data = {"r_1": run_of(seed=0), "r_2": run_of(seed=1), "r_3": run_of(fingerprint="g", seed=0),
             "r_4": run_of(fingerprint="g", seed=1)}
-    assert list(settings(**data)) == ["data_fingerprint f", "data_fingerprint g"]
+    assert list(settings(**data)) == ["r/1", "r/3"]
 
 
-# --- the paper's table, and what a run brings ---------------------------------------------------------------
+# --- what a run brings --------------------------------------------------------------------------------------
 
-def test_papers_table():
-    """A checkpoint a row, a weighting a column, in the paper's order; the spread between seeds; where a cell
-    is taken, a row more."""
-    runs = {"gpt": {}, "b0": run_of(weighting="balanced"), "b1": run_of(weighting="balanced", seed=1),
-            "n": run_of(),
-            "own": run_of(weighting="0.2,1,3"), "lr": run_of(lr=7), "other": run_of(ckpt="bloom")}
-    f1 = dict(zip(runs, (0.60, 0.70, 0.72, 0.65, 0.71, 0.655, 0.5)))
-    header, rows = found(*[answers_of(name, run, rows=3, seed=i)
-                           for i, (name, run) in enumerate(runs.items())],
-                         bertscores={name: [value] * 3 for name, value in f1.items()})["paper_table"]
-    assert header == ["model", "base", "CE", "mild", "strong", "balanced", "0.2,1,3"]
-    assert rows == [["gpt", "60.00", "65.00", "", "", "71.00 ± 1.41", "71.00"],
-                    ["gpt (lr)", "", "65.50", "", "", "", ""],
-                    ["bloom", "", "50.00", "", "", "", ""]]
-    assert found(answers_of("a", rows=3))["paper_table"] is None
-
-
-def test_curves_and_weights(tmp_path):
-    """Of the run's folder, also for its merged/; weights by its coefficients; no curves of another run that
-    bears its name here, nor of what else lies in its folder."""
+def test_validation(tmp_path):
+    """Of the run's folder, also for its merged/; not of another run that bears its name here."""
     run = tmp_path / "run"
     checkpoint.write_run_json(run, "finetune.py", run_of()["arguments"], data_fingerprint="f",
                               coefficients=[0.0, 1.0, 2.0])
-    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     (run / "validation.json").write_text("[[2, 3.5]]")
     (run / "merged").mkdir()
     for name in (run, run / "merged"):
         a = answers_of(str(name), findings.read_run_json(name), rows=3)
-        record = found(a)["runs"][a.name]
-        assert record["metrics"] == [{"step": 1}, {"step": 2}] and record["validation"] == [[2, 3.5]]
-        assert record["weights"] == pytest.approx([row.probabilities[1] + 2 * row.probabilities[2]
-                                                   for row in a.rows])
+        assert found(a)["validation"] == {a.name: [[2, 3.5]]}
     a = answers_of(str(run), findings.read_run_json(run) | {"data_fingerprint": "g"}, rows=3)
-    assert found(a)["runs"][a.name]["metrics"] == [] and len(found(a)["runs"][a.name]["weights"]) == 3
+    assert found(a)["validation"] == {a.name: []}
     assert findings.read_run_json(run / "state") == {}

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sevloss import data, device
 from sevloss.evaluation import scores
+from sevloss.evaluation.findings import Answer
 from sevloss.evaluation.urgent import urgent
-from sevloss.inputs import tables
+from sevloss.inputs import arabic, tables
 
 CPU = device.choose("cpu", "fp32")
 
@@ -81,20 +82,27 @@ def test_perplexity_is_of_all_tokens_together():
     assert math.isnan(scores.per_token(torch.tensor([]), np.array([]))["nll"])
 
 
-# --- means --------------------------------------------------------------------------------------------------
+# --- groups of rows -----------------------------------------------------------------------------------------
+
+def groups_of(*rows):
+    """rows: (label, p_c or None) -> {group: weights, minus where there is}"""
+    answers = []
+    for label, critical in rows:
+        probabilities = None if critical is None else [0.9 - critical, 0.1, critical]
+        answers.append(Answer(1, "", "", label, probabilities, "", "", True, 1.0, 1))
+    return {name: [weights.tolist() for weights in group.values()]
+            for name, group in scores.row_groups(answers).items()}
+
 
 def test_groups_of_rows():
-    groups = scores.row_groups([2, 0, None], critical=[0.5, 0.25, 0.0])
-    assert {name: weights.tolist() for name, weights in groups.items()} == {
-        "all": [1, 1, 1], "non-critical": [0, 1, 0], "critical": [1, 0, 0], "by p(critical)": [0.5, 0.25, 0]}
-    assert list(scores.row_groups([None, None])) == ["all"]
-
-
-def test_score_refuses_values_that_are_not_per_row():
-    with pytest.raises(ValueError, match="NLL: values"):
-        scores.Score("NLL", np.zeros(3), np.zeros(2))
-    with pytest.raises(ValueError, match="chrF: values"):
-        scores.Score("chrF", np.zeros((3, 3)))
+    """Classes by label; predicted ones apart, and no part of the contrast where there are labels."""
+    assert groups_of((2, 0.5), (0, 0.8), (None, 0.0)) == {
+        "all": [[1, 1, 1]], "non-critical": [[0, 1, 0]], "critical": [[1, 0, 0]],
+        "predicted non-critical": [[0, 0, 1]], "critical minus non-critical": [[1, 0, 0], [0, 1, 0]]}
+    assert groups_of((None, 0.8), (None, 0.0)) == {
+        "all": [[1, 1]], "predicted non-critical": [[0, 1]], "predicted critical": [[1, 0]],
+        "predicted critical minus predicted non-critical": [[1, 0], [0, 1]], "by p(critical)": [[0.8, 0]]}
+    assert list(groups_of((None, None), (None, None))) == ["all"]
 
 
 # --- answers ------------------------------------------------------------------------------------------------
@@ -103,16 +111,25 @@ def test_answer_scores_are_one_value_per_row():
     answers = ["اذهب إلى الطوارئ", " …", "عندي صداع شديد منذ أسبوع كامل"]
     complaints = ["ألم في الصدر", "سعال", "عندي صداع شديد منذ أسبوع كامل"]
     unfinished = np.array([False, True, False])
-    by_name = {score.name: score for score in scores.answer_scores(complaints, answers, ["الى الطوارئ"] * 3,
-                                                                   unfinished)}
-    assert {name: score.values.tolist() for name, score in by_name.items()
+    by_name = scores.answer_scores(complaints, answers, ["الى الطوارئ"] * 3, unfinished)
+    assert {name: values.tolist() for name, values in by_name.items()
             if name not in ("chrF", "BLEU", "ROUGE-L")} == {
         "words": [3, 0, 6], "empty": [0, 1, 0], "unfinished": [0, 1, 0], "repetitive": [0, 0, 0],
                 "repeats complaint": [0, 0, 1],
         "urgent": [1, 0, 0]}
-    assert all(score.values.shape == (3,) and score.values.dtype == np.float64 for score in by_name.values())
-    assert set(scores.LOWER_IS_BETTER + scores.NEITHER_IS_BETTER) - set(by_name) == {"NLL",
-                                                                                     "perplexity"}
+    assert all(values.shape == (3,) and values.dtype == np.float64 for values in by_name.values())
+    for name in scores.RATES:
+        assert set(by_name[name]) <= {0, 1}
+
+
+def test_what_preprocessing_takes_away_costs_nothing():
+    """Diacritics, tatweel and the shapes of digits: a model that was trained without cannot write them."""
+    reference = "خُذْ حبّةً كـــل ٨ ساعات، ثم راجع الطبيب خلال ۱۴ يومًا"
+    answer = arabic.unpreprocess(arabic.preprocess(reference)).replace("۱۴", "14")
+    by_name = scores.answer_scores([""], ["خذ حبة كل 8 ساعات، ثم راجع الطبيب خلال 14 يوما"], [reference], [False])
+    for name, most in (("chrF", 100), ("BLEU", 100), ("ROUGE-L", 1)):
+        assert by_name[name] == pytest.approx([most])
+    assert scores.chrf([answer], [reference]) < 90  # not folded
 
 
 @pytest.mark.parametrize("text", ["راجع الطبيب غدًا، ولا تقلق", "نعم"])
@@ -137,7 +154,7 @@ def test_bleu_splits_at_arabic_punctuation():
 
 def test_words():
     """Diacritics, tatweel, case and punctuation do not count; the forms of alef do."""
-    assert scores.words("خُذْ حبّةً، (2.5 MG) كـــل ٨ ساعات؟") == ["خذ", "حبة", "2", "5", "mg", "كل", "٨",
+    assert scores.words("خُذْ حبّةً، (2.5 MG) كـــل ٨ ساعات؟") == ["خذ", "حبة", "2", "5", "mg", "كل", "8",
                                                                    "ساعات"]
     assert scores.words("أإا ىي ةه") == ["أإا", "ىي", "ةه"]
     assert scores.words("؟! …") == []

@@ -19,7 +19,8 @@ from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
 
-FIELDS = ("Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical")  # of the paper's table
+# Of the paper's table, and whether the severity is a label or the classifier's
+FIELDS = ("Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical", "Severity Source")
 CHUNK = 8192  # rows in memory at a time
 
 
@@ -106,11 +107,12 @@ def check_target(to):
 
 
 def annotate_table(classifier, table, to, columns, compute):
-    """Writes the table with the paper's six fields, then its other columns, to a .jsonl, .csv or .tsv file.
+    """Writes the table with FIELDS, then its other columns, to a .jsonl, .csv or .tsv file.
 
-    Severity is the likeliest class; a label that the row came with stays. Rows stay in their order; those
-    without a complaint are left out. Until it is complete the file is called `to`.partial; the same call goes
-    on after its last chunk, so memory and what a stop can lose are bounded by CHUNK rows.
+    Severity is the likeliest class; a label that the row came with stays, and Severity Source says which.
+    Rows stay in their order; those without a complaint are left out. Until it is complete the file is called
+    `to`.partial; the same call goes on after its last chunk, so memory and what a stop can lose are bounded
+    by CHUNK rows.
     """
     with lock(f"{to}.lock"):
         _annotate_table(classifier, table, Path(to), columns, compute)
@@ -158,7 +160,7 @@ def _annotate_table(classifier, table, to, columns, compute):
     print(f"wrote {to}: {done['rows']:,} rows, {done['cut']:,} complaints cut to "
           f"{classifier.max_length} tokens")
     if done["labelled"]:
-        print(f"  {done['labelled']:,} rows came with a severity, which stays")
+        print(f"  {done['labelled']:,} rows came with a label, which stays")
     if done["seen"]:
         print(f"  the classifier was trained on {done['seen']:,} of these complaints, "
               "so it is too sure of them: train it with --folds 5")
@@ -181,7 +183,8 @@ def write_rows(file, ending, pairs, probabilities, *, header):
     rows = []
     for pair, row in zip(pairs, probabilities.tolist()):
         label = row.index(max(row)) if pair.severity is None else pair.severity
-        values = (pair.complaint, pair.response, CLASSES[label], *(round(p, 6) for p in row))
+        source = "classifier" if pair.severity is None else "label"
+        values = (pair.complaint, pair.response, CLASSES[label], *(round(p, 6) for p in row), source)
         fields = dict(zip(FIELDS, values))
         for name, cell in pair.others.items():
             fields[f"{name} (of the table)" if name in FIELDS else name] = cell

@@ -1,8 +1,8 @@
 """The report of train_classifier.py: report.html with its pictures."""
 
 from collections import defaultdict
-from itertools import product
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -10,39 +10,80 @@ from sevloss import severity
 from sevloss.loss import severity_weights
 from sevloss.page import Table, picture, write_page
 from sevloss.severity import CLASSES
-from sevloss.terminal import histogram
 
-SCORE_NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "NLL (nats)", "brier": "Brier score",
-               "ece": "calibration error"}
+SCORE_NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "auc": "AUC of p(critical)",
+               "nll": "NLL (nats)", "brier": "Brier score", "ece": "calibration error (by chance)"}
+CALIBRATION_ROWS = 200  # of fewer, a calibration error is chance
 
 
 def score_rows(logits, labels):
-    """A table row per entry of `logits` ({name: (n, 3)}): name and the scores."""
+    """A table row per entry of `logits` ({name: (n, 3)}): name and the scores, with 95% intervals of accuracy
+    and macro-F1, from 2,000 bootstrap samples, and the calibration error that chance alone would show."""
     rows = []
     for name, of_model in logits.items():
         scores = severity.scores(of_model, labels)
-        rows.append([name, *(f"{scores[score]:.4f}" for score in SCORE_NAMES)])
+        shares = np.array(scores["confusion"]).flatten() / len(labels)
+        samples = np.random.default_rng(0).multinomial(len(labels), shares, size=2000).reshape(-1, 3, 3)
+        cells = {score: f"{scores[score]:.3f}" for score in SCORE_NAMES}
+        for score, values in zip(("accuracy", "macro_f1"), severity.accuracy_and_f1(torch.tensor(samples))):
+            low, high = np.quantile(values, (0.025, 0.975))
+            cells[score] += f" [{low:.3f}, {high:.3f}]"
+        by_chance = severity.calibration_error_by_chance(of_model.softmax(-1))
+        cells["ece"] = f"{cells['ece']} ({by_chance:.3f})" if len(labels) >= CALIBRATION_ROWS else "–"
+        rows.append([name, *cells.values()])
     return rows
 
 
+def weight_table(probabilities, labels):
+    """What each weighting makes of the probabilities (n, 3), of all rows and of those of each true class."""
+    rows = []
+    for name, coefficients in severity.WEIGHTINGS.items():
+        w = severity_weights(probabilities, coefficients)
+        numbers = [w.mean(), w.std(correction=0), w.min(), w.max(), *class_means(w, labels)]
+        rows.append([name, *(f"{number:.3f}" for number in numbers)])
+    header = ["weighting", "mean", "sd", "least", "most", *(f"mean, true {name}" for name in CLASSES)]
+    return Table(header, rows)
+
+
+def class_means(w, labels):
+    """Mean of w (n,) over the rows of each true class; nan of one without rows."""
+    return [w[labels == c].mean().item() for c in range(3)]
+
+
+def warnings(probabilities, labels):
+    """Sentences on what keeps the method from acting. probabilities (n, 3), labels (n,)."""
+    sentences = []
+    counts = severity.confusion_matrix(probabilities.argmax(-1), labels)
+    for c, name in enumerate(CLASSES):
+        if counts[c].any() and not counts[c, c]:
+            sentences.append(f"None of the {counts[c].sum()} {name} rows is predicted {name}.")
+    means = class_means(severity_weights(probabilities, severity.WEIGHTINGS["balanced"]), labels)
+    if not means[2] > max(means[:2]):
+        weights = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(CLASSES, means))
+        sentences.append(f"Critical rows do not get the largest weights (means, balanced: {weights}), so the "
+                         "weighted loss would not do what it is for.")
+    return sentences
+
+
 def write_classifier_report(run, pairs, logits, *, encoder, basis):
-    """report.html, confusion.png and reliability.png in `run`. pairs: the n scored rows. logits: {name: (n,
+    """report.html and, of rows enough, reliability.png in `run`. pairs: the n scored rows. logits: {name: (n,
     3)}, among them "<encoder>", as trained, and "<encoder>, calibrated". basis: where the rows come from."""
     labels = torch.tensor([pair.severity for pair in pairs])
     as_trained = logits[encoder].softmax(-1)
     calibrated = logits[f"{encoder}, calibrated"].softmax(-1)
     predicted = calibrated.argmax(-1)
     confusion = severity.confusion_matrix(predicted, labels)
-    reliability = draw_reliability({"as trained": as_trained, "calibrated": calibrated}, labels)
+    reliability = None
+    if len(labels) >= CALIBRATION_ROWS:
+        figure = draw_reliability({"as trained": as_trained, "calibrated": calibrated}, labels)
+        reliability = picture(figure, "reliability by class", run / "reliability.png")
     write_page(
-        run / "report.html", "classifier/report.html", basis=basis,
+        run / "report.html", "classifier/report.html", basis=basis, warnings=warnings(calibrated, labels),
         scores=Table(["model", *SCORE_NAMES.values()], score_rows(logits, labels)),
         by_class=class_table(confusion),
-        confusion=picture(draw_confusion(confusion), "confusion matrix", run / "confusion.png"),
-        reliability=picture(reliability, "reliability by class", run / "reliability.png"),
+        reliability=reliability, weights=weight_table(calibrated, labels),
         by_specialty=specialty_table(pairs, predicted == labels),
-        mistakes=confident_mistakes(pairs, calibrated, labels),
-        weightings=weightings_text(calibrated))
+        mistakes=confident_mistakes(pairs, calibrated, labels))
 
 
 def class_table(confusion):
@@ -70,32 +111,6 @@ def confident_mistakes(pairs, probabilities, labels):
     order = confidence.argsort(descending=True, stable=True)
     wrong = order[predicted[order] != labels[order]][:10].tolist()
     return [(pairs[i], CLASSES[labels[i]], CLASSES[predicted[i]], confidence[i].item()) for i in wrong]
-
-
-def weightings_text(probabilities):
-    """What each weighting makes of the probabilities (n, 3): mean, spread and histogram of the weights."""
-    lines = []
-    for name, coefficients in severity.WEIGHTINGS.items():
-        w = severity_weights(probabilities, coefficients)
-        sd = w.std(correction=0)
-        lines.append(f"{name}: mean {w.mean():.3f}, sd {sd:.3f}, from {w.min():.3f} to {w.max():.3f}")
-        if len(set(coefficients)) > 1:
-            lines.append(histogram(w.tolist(), min(coefficients), max(coefficients)))
-    return "\n".join(lines)
-
-
-def draw_confusion(confusion):
-    """Counts, and their share of the true class."""
-    figure = Figure(figsize=(5.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    for i, j in product(range(3), range(3)):
-        colour = "white" if shares[i, j] > 0.5 else "black"
-        axes.text(j, i, f"{confusion[i, j]:,}\n{shares[i, j]:.0%}", ha="center", va="center", color=colour)
-    axes.set(xticks=range(3), yticks=range(3), xticklabels=CLASSES, yticklabels=CLASSES,
-             xlabel="predicted", ylabel="true class")
-    return figure
 
 
 def draw_reliability(probabilities, labels, bins=10):

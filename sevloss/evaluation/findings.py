@@ -1,23 +1,20 @@
-"""From answers to findings: what models answered, stored and read; means, intervals and comparisons of
-settings."""
+"""From answers to findings: what models answered, stored and read; scores of settings; verdicts on them."""
 
 import json
 import math
 import os
 import re
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from sevloss import InputError
 from sevloss.evaluation import compare, scores
 from sevloss.inputs import hub
-from sevloss.loss import severity_weights
+from sevloss.severity import class_name
 
 # Runs of one setting may differ in these; the fingerprint of the data stands for the last three.
 FREE_ARGUMENTS = ("seed", "out", "resume", "save_every", "device", "micro_tokens", "gradient_checkpointing",
@@ -32,13 +29,17 @@ class Answer:
     row: int  # of the table
     complaint: str
     reference: str
-    severity: int | None  # index in severity.CLASSES
+    severity: int | None  # the label, an index in severity.CLASSES
     probabilities: list | None  # of the three classes
     specialty: str
-    answer: str
+    answer: str  # empty where likelihoods alone were asked for
     finished: bool  # it came to its end within the most tokens allowed
     nll: float  # of the reference and EOS: nats, summed over `tokens` tokens
     tokens: int
+
+    @property
+    def class_name(self):
+        return class_name(self.severity, self.probabilities)
 
 
 @dataclass
@@ -50,6 +51,11 @@ class Answers:
     rows: list[Answer]  # in the table's order
     path: Path
     run: dict = field(default_factory=dict)
+
+    @property
+    def seed(self):
+        """Of training; None of a plain checkpoint."""
+        return self.run.get("arguments", {}).get("seed")
 
 
 def read_answers(path):
@@ -103,23 +109,21 @@ def read_run_json(name):
     return hub.read_json(folder / "run.json") if folder else {}
 
 
-@contextmanager
-def _reading(path):
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}; if it was written here, remove it and "
-                         "call again") from error
-
-
 def _read_lines(path):
     """The lines of a .jsonl file, without what a stop left of the last one. Not splitlines(): a text may hold
     other line breaks, like U+2028."""
     path = Path(path)
     if not path.is_file():
         return []
-    with _reading(path):
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
+    return [_parse(path, line) for line in path.read_bytes().split(b"\n")[:-1] if line]
+
+
+def _parse(path, text):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}; if it was written here, remove it and "
+                         "call again") from error
 
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -129,86 +133,80 @@ class Setting:
     """Runs whose arguments differ in the seed alone."""
     name: str
     runs: list[str]
+    seeds: list  # of the runs; [None] of a plain checkpoint
 
 
 def settings_of(answers):
-    """[Setting, ...] of the runs."""
-    arguments = {}  # run -> what must be the same within a setting
+    """[Setting, ...] of the runs. The same seed again is another setting, and so is each plain checkpoint."""
     groups = defaultdict(list)
     repeats = Counter()
     for a in answers:
-        given = a.run.get("arguments", {})
-        arguments[a.name] = {key: value for key, value in given.items() if key not in FREE_ARGUMENTS}
-        if given:
-            arguments[a.name]["data_fingerprint"] = a.run.get("data_fingerprint")
-        same = json.dumps(arguments[a.name], sort_keys=True)
-        repeats[same, given.get("seed")] += 1  # the same seed again, or none, is a setting of its own
-        groups[same, repeats[same, given.get("seed")]].append(a.name)
+        same = "\n".join(arguments_of(a)) + str(a.run.get("data_fingerprint"))
+        repeats[same, a.seed] += 1
+        groups[same, repeats[same, a.seed]].append(a)
     groups = list(groups.values())
-    return [Setting(name, runs) for name, runs in zip(_setting_names(groups, arguments), groups)]
+    names = _setting_names(groups)
+    return [Setting(name, [a.name for a in group], [a.seed for a in group])
+            for name, group in zip(names, groups)]
 
 
-def _setting_names(groups, arguments):
-    """What the names of the runs have in common (plain-0, plain-1: plain); where that does not tell settings
-    apart, the arguments in which they differ; else all names. groups: lists of runs."""
-    stems = []
-    for runs in groups:
-        stem = re.sub(r"[-_]*\d*$", "", os.path.commonprefix(runs))
-        stems.append(runs[0] if len(runs) == 1 else stem)
+def arguments_of(answers):
+    """["lr 0.001", ...]: what must be the same within a setting."""
+    given = answers.run.get("arguments", {"checkpoint": answers.name})
+    return [f"{key} {value}" for key, value in given.items() if key not in FREE_ARGUMENTS]
 
-    given = [of_run for of_run in arguments.values() if of_run]  # a plain checkpoint has none
-    keys = dict.fromkeys(key for of_run in given for key in of_run)
-    differing = [key for key in keys if len({json.dumps(of_run.get(key)) for of_run in given}) > 1]
 
-    def by_arguments(keys):
-        names = []
-        for runs in groups:
-            of_run = arguments[runs[0]]
-            names.append(", ".join(f"{key} {of_run.get(key)}" for key in keys) if of_run else runs[0])
-        return names
+def _setting_names(groups):
+    """What the names of a setting's runs share (runs/plain-0, runs/plain-1: plain), without the folder that
+    all lie in; where that does not tell settings apart, the arguments in which they differ."""
+    names = []
+    for group in groups:
+        name = os.path.commonprefix([a.name for a in group])
+        names.append(name if len(group) == 1 else re.sub(r"[-_]*\d*$", "", name))
+    folder = os.path.commonprefix(names).rpartition("/")[0]
+    names = [name.removeprefix(folder + "/") for name in names]
+    if len(set(names)) < len(names) or not all(name and name[-1] != "/" for name in names):
+        arguments = [arguments_of(group[0]) for group in groups]
+        common = set(arguments[0]).intersection(*arguments)
+        names = [", ".join(word for word in words if word not in common) for words in arguments]
+    return names if len(set(names)) == len(names) and all(names) else [group[0].name for group in groups]
 
-    readable = [key for key in differing if key != "data_fingerprint"]
-    for names in (stems, by_arguments(readable), by_arguments(differing)):
-        if len(set(names)) == len(names) and all(name and not name.endswith("/") for name in names):
-            return names
-    return [", ".join(runs) for runs in groups]
+
+def choose_control(settings, answers, against):
+    """The setting with the run `against`; else the first one with equal weights; else the first one."""
+    equal = [a.name for a in answers if len(set(a.run.get("coefficients", "01"))) == 1]
+    for runs in ([against], equal):
+        for setting in settings:
+            if set(runs) & set(setting.runs):
+                return setting
+    return settings[0]
+
+
+def pair_runs(control, setting):
+    """(runs of the control, runs of the setting, seeds): those with a seed in common. A plain checkpoint,
+    which no seed made, goes with every run."""
+    if None in control.seeds + setting.seeds:
+        return control.runs, setting.runs, max(control.seeds, setting.seeds, key=len)
+    seeds = sorted(set(control.seeds) & set(setting.seeds))
+    a, b = ([side.runs[side.seeds.index(seed)] for seed in seeds] for side in (control, setting))
+    return a, b, seeds
 
 
 # --- findings -----------------------------------------------------------------------------------------------
 # In numbers nan stands for what there is none of, like an interval of few rows.
 
 @dataclass
-class Mean:
+class Verdict:
+    """What is said of a setting and the control in one of the two endpoints. Nothing else gets a verdict."""
     setting: str
-    score: str
-    group: str
-    mean: float  # over the setting's runs
-    low: float  # 95% interval
-    high: float
-    sd_seeds: float  # standard deviation between the setting's runs
-
-
-@dataclass
-class Difference:
-    """Setting b minus setting a."""
-    a: str
-    b: str
-    score: str
-    group: str
-    difference: float
-    low: float  # 95% interval
-    high: float
-    p: float
-    p_holm: float = math.nan  # corrected for all comparisons
+    control: str
+    endpoint: str  # "NLL", of all rows, or "contrast": of critical minus non-critical rows
+    seeds: list  # in common
+    difference: compare.Estimate  # setting minus control
+    p_holm: float = math.nan  # corrected for all that is tested in this call
+    detectable: float = math.nan  # the difference that 80% of such comparisons would find
+    finding: str = "no verdict"
     sentence: str = ""
-
-
-@dataclass
-class RunRecord:
-    """What a run's folder tells, as far as it is here."""
-    metrics: list  # lines of metrics.jsonl
-    validation: list  # [step, NLL]
-    weights: list  # that its weighting gives the evaluated rows
 
 
 @dataclass
@@ -216,174 +214,205 @@ class Evaluation:
     """All that is printed and reported."""
     protocol: dict
     settings: list[Setting]
+    control: str
     groups: dict  # group -> number of rows
+    contrast: str | None  # the group that is a difference of two
     score_names: list
-    means: dict  # (setting, score, group) -> Mean
-    comparisons: list[Difference]
-    paper_table: tuple | None  # (header, rows)
+    means: dict  # (setting, score, group) -> Estimate
+    differences: dict  # the same of setting minus control
+    verdicts: list[Verdict]
+    summary: list  # of the verdicts, in two sentences
     notes: list
-    runs: dict  # run -> RunRecord
+    validation: dict  # run -> [[step, NLL], ...], as far as its folder is here
     answers: list[Answers]
     row_scores: dict  # run -> {score: (n,)}
 
     def to_json(self):
         """What evaluation.json holds: all but what is said of each row, which is in .jsonl files."""
-        values = asdict(replace(self, answers=[], row_scores={}))
+        values = asdict(replace(self, means={}, differences={}, answers=[], row_scores={}))
         del values["answers"], values["row_scores"]
-        values["means"] = list(values["means"].values())
-        values["lower_is_better"] = scores.LOWER_IS_BETTER
+        for key in ("means", "differences"):
+            values[key] = [dict(zip(("setting", "score", "group"), about)) | estimate._asdict()
+                           for about, estimate in getattr(self, key).items()]
+        for verdict in values["verdicts"]:
+            verdict["difference"] = verdict["difference"]._asdict()
         return without_nan(values)
 
 
-def evaluate(answers, bertscores, notes):
+def evaluate(answers, bertscores, notes, against=None):
     """[Answers] of the same rows -> Evaluation. bertscores: {name: (n,) F1}, maybe empty; notes: sentences
-    for the report, to which more are added."""
-    rows = answers[0].rows
+    for the report, to which more are added; against: the run whose setting is the control."""
+    groups = scores.row_groups(answers[0].rows)
+    contrast = next((name for name, weights in groups.items() if "minus" in weights), None)
     row_scores = {a.name: scores_of(a, bertscores.get(a.name)) for a in answers}
-    score_names = [score.name for score in row_scores[answers[0].name]]
+    tokens = {a.name: np.array([row.tokens for row in a.rows]) for a in answers}
+    score_names = list(row_scores[answers[0].name])
+    score_names.insert(1, "NLL over tokens")
 
-    # Groups of rows; specialties are not compared, they are too many
-    probabilities = [row.probabilities for row in rows]
-    if not all(probabilities):
-        probabilities = None
-    critical = [p[2] for p in probabilities] if probabilities else None
-    groups = scores.row_groups([row.severity for row in rows], critical)
-    compared = {name: w for name, w in groups.items() if (w > 0).sum() >= compare.FEWEST_ROWS}
-    for specialty in sorted({row.specialty for row in rows if row.specialty}):
-        groups[f"specialty: {specialty}"] = np.array([float(row.specialty == specialty) for row in rows])
+    def of_runs(runs, score):
+        """Values of runs with the same tokens, (S, n), and the rows' counts, (n,)."""
+        if score == "NLL over tokens":
+            return of_runs(runs, "NLL")[0] * tokens[runs[0]], tokens[runs[0]]
+        return np.stack([row_scores[run][score] for run in runs]), np.ones(len(answers[0].rows))
 
-    # Settings: the values of each of their runs, and the counts, which runs of one setting share
+    # Scores of settings
     settings = settings_of(answers)
-    values, counts = {}, {}
-    for setting in settings:
-        of_runs = [np.stack([score.values for score in row_scores[run]], axis=1) for run in setting.runs]
-        values[setting.name] = np.stack(of_runs)  # (seeds, n, k)
-        first = row_scores[setting.runs[0]]
-        counts[setting.name] = np.stack([score.counts for score in first], axis=1)  # (n, k)
-
-    # Means and comparisons
     means = {}
-    for name in values:
-        for m in means_of(name, values[name], counts[name], score_names, groups):
-            means[name, m.score, m.group] = m
-    comparisons = []
-    if compared:
-        comparisons = compare_all(values, counts, score_names, compared, notes)
-    elif len(settings) > 1:
-        notes.append(f"Differences are not tested: there are fewer than {compare.FEWEST_ROWS} rows")
+    for setting, score, group in product(settings, score_names, groups):
+        values, counts = of_runs(setting.runs, score)
+        if score in scores.RATES and group != contrast:
+            means[setting.name, score, group] = compare.rate(values, **groups[group])
+        else:
+            means[setting.name, score, group] = compare.estimate(values, counts, **groups[group])
 
-    columns = {}
-    for run, of_run in row_scores.items():
-        columns[run] = {score.name: score.values / np.maximum(score.counts, 1) for score in of_run}
-    return Evaluation(
-        protocol=answers[0].protocol,
-        settings=settings,
-        groups={name: int((w > 0).sum()) for name, w in groups.items()},
-        score_names=[score_names[0], "perplexity", *score_names[1:]],
-        means=means,
-        comparisons=comparisons,
-        paper_table=paper_table(settings, means, {a.name: a.run for a in answers}) if bertscores else None,
-        notes=notes,
-        runs={a.name: run_record(a, probabilities) for a in answers},
-        answers=answers,
-        row_scores=columns,
-    )
+    # Differences from the control, paired by seed
+    control = choose_control(settings, answers, against)
+    differences, verdicts = {}, []
+    for setting in settings:
+        if setting is control:
+            continue
+        a_runs, b_runs, seeds = pair_runs(control, setting)
+        pair = f"{setting.name} and {control.name}"
+        if alone := set(control.seeds + setting.seeds) - set(seeds) - {None}:
+            notes.append(f"{pair}: only one of them has seed {listed(sorted(alone))}, left out where they "
+                         "are compared")
+        comparable = [score for score in score_names if seeds]
+        if not np.array_equal(tokens[control.runs[0]], tokens[setting.runs[0]]):
+            comparable = comparable[2:]
+            notes.append(f"NLL of {pair} is not compared: the references are not the same number of tokens "
+                         "for both")
+        for score, group in product(comparable, groups):
+            a, counts = of_runs(a_runs, score)
+            b, _ = of_runs(b_runs, score)
+            differences[setting.name, score, group] = compare.estimate(b - a, counts, **groups[group])
+            endpoint = {"all": "NLL", contrast: "contrast"}.get(group)
+            if score == "NLL" and endpoint:
+                difference = compare.paired_t(a, b, counts, **groups[group])
+                verdicts.append(Verdict(setting.name, control.name, endpoint, seeds, difference))
+        if not seeds:
+            unknown = compare.Estimate(*[math.nan] * 6, seeds=0)
+            verdicts.append(Verdict(setting.name, control.name, "NLL", [], unknown))
+    judge(verdicts, differences, contrast)
+    counts = {name: int((weights["weights"] > 0).sum()) for name, weights in groups.items()}
+    return Evaluation(answers[0].protocol, settings, control.name, counts, contrast, score_names, means,
+                      differences, verdicts, summarise(verdicts, control.name), notes,
+                      {a.name: validation_of(a) for a in answers}, answers, row_scores)
 
 
 def scores_of(answers, bertscore=None):
-    """[Score, ...] of one model's answers, NLL first; bertscore: (n,) F1 or None."""
+    """{score: (n,)} of one model's answers, NLL first; bertscore: (n,) F1 or None."""
     rows = answers.rows
-    row_scores = [scores.Score("NLL", [row.nll for row in rows], [row.tokens for row in rows])]
+    row_scores = {"NLL": np.array([row.nll / row.tokens for row in rows])}
     if bertscore is not None:
-        row_scores.append(scores.Score("BERTScore F1", bertscore))
-    complaints = [row.complaint for row in rows]
-    texts = [row.answer for row in rows]
-    references = [row.reference for row in rows]
-    unfinished = [not row.finished for row in rows]
-    return row_scores + scores.answer_scores(complaints, texts, references, unfinished)
+        row_scores["BERTScore F1"] = np.array(bertscore, dtype=np.float64)
+    if answers.protocol["max_new_tokens"]:
+        row_scores |= scores.answer_scores(
+            [row.complaint for row in rows], [row.answer for row in rows], [row.reference for row in rows],
+            [not row.finished for row in rows])
+    return row_scores
 
 
-def means_of(setting, values, counts, score_names, groups):
-    """[Mean, ...] of a setting. values: (seeds, n, k), counts: (n, k), groups: {name: weights (n,)}."""
-    weights = np.stack(list(groups.values()), axis=1)  # (n, g)
-    mean, low, high = compare.bootstrap_mean(values, counts, weights)  # each (g, k)
-    with np.errstate(invalid="ignore"):
-        of_seeds = (weights.T @ values) / (weights.T @ counts)  # (seeds, g, k)
-    spread = compare.seed_spread(of_seeds)
-    means = []
-    for g, group in enumerate(groups):
-        for k, score in enumerate(score_names):
-            numbers = [float(x[g, k]) for x in (mean, low, high)]
-            means.append(Mean(setting, score, group, *numbers, sd_seeds=float(spread[g, k])))
-            if score == "NLL":
-                numbers = [scores.perplexity(nll) for nll in numbers]
-                means.append(Mean(setting, "perplexity", group, *numbers, sd_seeds=math.nan))
-    return means
-
-
-def compare_all(values, counts, score_names, groups, notes):
-    """[Difference, ...] of every two settings in every group and score. values: {setting: (seeds, n, k)},
-    counts: {setting: (n, k)}, groups: {name: weights (n,)}."""
-    weights = np.stack(list(groups.values()), axis=1)  # (n, g)
-    # The least p-value is 2 / resamples, and Holm multiplies it by the number of comparisons.
-    number = math.comb(len(values), 2) * len(groups) * len(score_names)
-    resamples = max(10_000, 100 * number)
-    differences = []
-    for a, b in combinations(values, 2):
-        same_tokens = np.array_equal(counts[a], counts[b])
-        if not same_tokens:
-            notes.append(f"NLL of {a} and {b} is not compared: the references are not the same number of "
-                         "tokens for both")
-        result = compare.compare_settings(values[a], values[b], counts[a], weights, resamples=resamples)
-        for g, group in enumerate(groups):
-            for k, score in enumerate(score_names):
-                if score != "NLL" or same_tokens:
-                    differences.append(Difference(a, b, score, group, *(float(x[g, k]) for x in result)))
-    for d, p in zip(differences, compare.holm([d.p for d in differences])):
-        d.p_holm = float(p)
-        d.sentence = compare.sentence(d.a, d.b, d.score, d.difference, (d.low, d.high), p, d.group)
-    return differences
-
-
-def paper_table(settings, means, runs):
-    """(header, rows): mean BERTScore F1 in %, a checkpoint a row, a weighting a column, as the paper prints
-    it.
-
-    runs: {name: what read_run_json gives}. A setting whose cell is taken, say by another learning rate, has a
-    row of its own.
-    """
-    columns = {"base": "base", "none": "CE", "mild": "mild", "strong": "strong", "balanced": "balanced"}
-    table = defaultdict(dict)  # row -> column -> text
-    for setting in settings:
-        run = setting.runs[0]
-        arguments = runs[run].get("arguments", {"ckpt": run, "weighting": "base"})
-        row = arguments["ckpt"]
-        column = columns.setdefault(arguments["weighting"], arguments["weighting"])
-        if column in table[row]:
-            row = f"{row} ({setting.name})"
-        m = means[setting.name, "BERTScore F1", "all"]
-        spread = "" if math.isnan(m.sd_seeds) else f" ± {100 * m.sd_seeds:.2f}"
-        table[row][column] = f"{100 * m.mean:.2f}{spread}"
-    header = list(columns.values())
-    return ["model", *header], [[row, *(cells.get(c, "") for c in header)] for row, cells in table.items()]
-
-
-def run_record(answers, probabilities):
-    """RunRecord of a run; of no run that only bears the same name here. probabilities: of the rows, or
-    None."""
-    metrics, validation, weights = [], [], []
+def validation_of(answers):
+    """[[step, NLL], ...] of the run; [] where its folder is not here, or is another run's."""
     folder = run_folder(answers.name)
-    if folder and read_run_json(answers.name) == answers.run:
-        metrics = _read_lines(folder / "metrics.jsonl")
-        if (folder / "validation.json").is_file():
-            with _reading(folder / "validation.json"):
-                validation = json.loads((folder / "validation.json").read_bytes())
-    coefficients = answers.run.get("coefficients")
-    if coefficients and probabilities:
-        weights = severity_weights(torch.tensor(probabilities), coefficients).tolist()
-    return RunRecord(metrics, validation, weights)
+    if not folder or read_run_json(answers.name) != answers.run:
+        return []
+    path = folder / "validation.json"
+    return _parse(path, path.read_bytes()) if path.is_file() else []
 
 
 def without_nan(value):
     """`value`, which json can write, with None for every nan and infinity: JSON itself has neither."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
+# --- verdicts -----------------------------------------------------------------------------------------------
+
+NO_DIFFERENCE = "is not distinguishable from"
+FINDINGS = {  # endpoint: {finding: words of the summary}; of a negative difference, a positive one, none
+    "NLL": {"is better than": "better with", "is worse than": "worse with",
+            NO_DIFFERENCE: "no difference found with", "no verdict": "no verdict on"},
+    "contrast": {"shifts towards critical rows against": "yes with",
+                 "shifts away from critical rows against": "the opposite with",
+                 NO_DIFFERENCE: "no shift found with", "no verdict": "no verdict on"}}
+
+
+def judge(verdicts, differences, contrast):
+    """Fills in p_holm, detectable, finding and sentence. contrast: the name of its group."""
+    adjusted = compare.holm([v.difference.p for v in verdicts])
+    tests = int(np.isfinite(adjusted).sum())
+    for v, p in zip(verdicts, adjusted.tolist()):
+        v.p_holm = p
+        if math.isfinite(p):
+            v.detectable = compare.detectable_difference(v.difference, 0.05 / tests)
+            v.finding = list(FINDINGS[v.endpoint])[v.difference.value > 0] if p < 0.05 else NO_DIFFERENCE
+        v.sentence = sentence_of(v)
+        if v.endpoint == "contrast":
+            changes = [f"{signed(differences[v.setting, 'NLL', name])} in {name} rows"
+                       for name in contrast.split(" minus ")]
+            v.sentence += f" NLL changes by {' and '.join(changes)}."
+            if contrast.startswith("predicted"):
+                v.sentence += " This is by predicted class: what the loss did, not whom it helped."
+
+
+def sentence_of(v):
+    """The finding with its numbers, or why there is none."""
+    what = {"NLL": "NLL", "contrast": "the contrast (NLL of critical minus non-critical rows)"}[v.endpoint]
+    rows = f"{v.difference.rows:.0f} rows"
+    seeds = len(v.seeds)
+    if not seeds:
+        return f"{v.setting} and {v.control} have no seed in common and are not compared. {remedy(v)}"
+    if seeds < compare.FEWEST_SEEDS:
+        runs = "these two runs differ" if seeds == 1 else "these two pairs of runs differ"
+        says = "one seed says" if seeds == 1 else "two seeds say"
+        return (f"{v.setting} and {v.control}: {runs} by {signed(v.difference)} in {what}; {says} nothing "
+                f"about the settings. {remedy(v)}").strip()
+    if v.finding == "no verdict":
+        return (f"{v.setting} and {v.control} differ by {signed(v.difference)} in {what}; {rows} are too few "
+                "for a verdict.")
+    chance = "p < 0.001" if v.p_holm < 0.001 else f"p = {v.p_holm:.3f}"
+    return (f"{v.setting} {v.finding} {v.control} in {what}: {signed(v.difference)}, {chance}, over {seeds} "
+            f"seeds and {rows}. A difference of {v.detectable:.2g} would be found in 80% of such cases.")
+
+
+def remedy(v):
+    """What to run for a verdict; said once, with the NLL."""
+    if v.endpoint == "contrast" or v.seeds == [None]:
+        return ""
+    seed = next(seed for seed in range(3) if seed not in v.seeds)
+    return (f"To settle it, train both with three seeds (python finetune.py --seed {seed} ..., all else the "
+            "same) and evaluate all runs in one call.")
+
+
+def summarise(verdicts, control):
+    """[how well, for whom] in words; one sentence where there is no verdict; [] where nothing is compared."""
+    if verdicts and all(v.finding == "no verdict" for v in verdicts):
+        return [f"No verdict: it takes three seeds in common with {control}, and {compare.FEWEST_ROWS} rows."]
+    leads = {"NLL": f"How well the model foresees what doctors wrote, against {control}",
+             "contrast": "Whether it shifts towards critical complaints"}
+    sentences = []
+    for endpoint, lead in leads.items():
+        found = {finding: [v.setting for v in verdicts if (v.endpoint, v.finding) == (endpoint, finding)]
+                 for finding in FINDINGS[endpoint]}
+        parts = [f"{words} {listed(found[finding])}" for finding, words in FINDINGS[endpoint].items()
+                 if found[finding]]
+        if parts:
+            sentences.append(f"{lead}: {'; '.join(parts)}.")
+    return sentences
+
+
+def listed(words):
+    *first, last = map(str, words)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def signed(estimate):
+    """Value and 95% interval, in digits that mean something."""
+    places = decimals(estimate.high - estimate.value)
+    value, low, high = (f"{x:+.{places}f}" for x in estimate[:3])
+    return value if math.isnan(estimate.low) else f"{value} [{low}, {high}]"
+
+
+def decimals(margin):
+    """So many that a margin of error has two digits; 4 where there is none."""
+    return min(6, max(0, 1 - math.floor(math.log10(margin)))) if 0 < margin < math.inf else 4

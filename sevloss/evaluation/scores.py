@@ -1,13 +1,11 @@
 """Scores of a language model on reference responses: the likelihood of the responses, and the texts of its
 answers.
 
-Every score is kept per row. The same numbers are then averaged over all rows, by class and weighted, and
-resampled in compare.py.
+Every score is kept per row. findings.py averages the rows, all of them or a group.
 """
 
 import math
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,13 +13,10 @@ import torch.nn.functional as F
 from sacrebleu.metrics import BLEU, CHRF
 
 from sevloss import data
-from sevloss.evaluation.urgent import bare_letters, urgent
+from sevloss.evaluation.urgent import folded, urgent
 from sevloss.severity import CLASSES
 
-# Of what is not named here, higher is better. How long an answer is, and whether it sends to emergency care,
-# is neither good nor bad.
-LOWER_IS_BETTER = ("NLL", "perplexity", "empty", "unfinished", "repetitive", "repeats complaint")
-NEITHER_IS_BETTER = ("words", "urgent")
+RATES = ("empty", "unfinished", "repetitive", "repeats complaint", "urgent")  # 0 or 1 in each row
 
 
 @torch.no_grad()  # in inference mode autocast would cast the weights to 16 bits anew for every batch
@@ -51,66 +46,58 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
 def per_token(nll, tokens):
     """Sums over sums: {nll, perplexity} of the examples together; never a mean of means."""
     mean = float(nll.sum() / tokens.sum()) if len(tokens) else math.nan
-    return {"nll": mean, "perplexity": perplexity(mean)}
+    return {"nll": mean, "perplexity": math.exp(min(mean, 700.0))}
 
 
-def perplexity(nll):
-    """e to the NLL per token; finite for any finite one."""
-    return math.exp(min(nll, 700.0))
+# --- groups of rows -----------------------------------------------------------------------------------------
 
+def row_groups(rows):
+    """{name: arguments of compare.estimate, weights (n,) among them}: "all"; each class; the contrast of
+    critical minus non-critical rows; each specialty. rows: findings.Answer.
 
-# --- means --------------------------------------------------------------------------------------------------
-
-@dataclass
-class Score:
-    """One score of n rows. values (n,): per row, or summed over the row's tokens; counts (n,): 1 each (None),
-    or the row's tokens."""
-    name: str
-    values: np.ndarray
-    counts: np.ndarray | None = None
-
-    def __post_init__(self):
-        self.values = np.asarray(self.values, dtype=np.float64)
-        if self.counts is None:
-            self.counts = np.ones_like(self.values)
-        self.counts = np.asarray(self.counts, dtype=np.float64)
-        if self.values.ndim != 1 or self.values.shape != self.counts.shape:
-            shapes = f"values {self.values.shape} and counts {self.counts.shape}"
-            raise ValueError(f"{self.name}: {shapes} must both be (n,)")
-
-
-def row_groups(classes, critical=None):
-    """{name: weights (n,)}: "all"; each class that occurs; "by p(critical)", in which a row counts as much as
-    it is critical.
-
-    classes: n of 0, 1, 2 or None; critical: (n,) p_c of the rows, or None.
+    Predicted classes are groups of their own, and have no part in the contrast where any row has a label.
+    Where none has, there is also "by p(critical)": a row counts as much as it is critical.
     """
-    groups = {"all": np.ones(len(classes))}
-    for i, name in enumerate(CLASSES):
-        if i in classes:
-            groups[name] = np.array([float(c == i) for c in classes])
-    if critical is not None:
-        groups["by p(critical)"] = np.asarray(critical, dtype=np.float64)
+    names = np.array([row.class_name for row in rows])
+    specialties = np.array([row.specialty for row in rows])
+    groups = {"all": {"weights": np.ones(len(rows))}}
+    for name in (*CLASSES, *(f"predicted {name}" for name in CLASSES)):
+        if name in names:
+            groups[name] = {"weights": (names == name).astype(float)}
+    labelled = bool(set(CLASSES) & groups.keys())
+    critical, non_critical = (("" if labelled else "predicted ") + CLASSES[i] for i in (2, 0))
+    if critical in groups and non_critical in groups:
+        groups[f"{critical} minus {non_critical}"] = {
+            "weights": groups[critical]["weights"], "minus": groups[non_critical]["weights"]}
+    if not labelled and all(row.probabilities for row in rows):
+        groups["by p(critical)"] = {"weights": np.array([row.probabilities[2] for row in rows])}
+    for specialty in sorted(set(specialties) - {""}):
+        groups[f"specialty: {specialty}"] = {"weights": (specialties == specialty).astype(float)}
     return groups
 
 
 # --- answers ------------------------------------------------------------------------------------------------
 
 def answer_scores(complaints, answers, references, unfinished):
-    """Every score of n answers that texts alone give, as a list of Score. unfinished (n,): the answer has no
-    end."""
-    copied = [repeats_complaint(a, c) for a, c in zip(answers, complaints, strict=True)]
-    return [
-        Score("chrF", chrf(answers, references)),
-        Score("BLEU", bleu(answers, references)),
-        Score("ROUGE-L", rouge_l(answers, references)),
-        Score("words", [len(words(a)) for a in answers]),
-        Score("empty", [not words(a) for a in answers]),  # not a letter, not a digit
-        Score("unfinished", unfinished),
-        Score("repetitive", [repetitive(a) for a in answers]),
-        Score("repeats complaint", copied),
-        Score("urgent", [urgent(a) for a in answers]),
-    ]
+    """{score: (n,)}: every score of n answers that texts alone give. unfinished (n,): the answer has no end.
+
+    chrF, BLEU and ROUGE-L are of `folded` texts: AraBERT's preprocessing takes diacritics, tatweel and the
+    Arabic shapes of digits away, and models trained on it cannot write them.
+    """
+    folded_answers = [folded(a) for a in answers]
+    folded_references = [folded(r) for r in references]
+    scores = {
+        "chrF": chrf(folded_answers, folded_references),
+        "BLEU": bleu(folded_answers, folded_references),
+        "ROUGE-L": rouge_l(answers, references),
+        "words": [len(words(a)) for a in answers],
+        "empty": [not words(a) for a in answers],  # not a letter, not a digit
+        "unfinished": unfinished,
+        "repetitive": [repetitive(a) for a in answers],
+        "repeats complaint": [repeats_complaint(a, c) for a, c in zip(answers, complaints, strict=True)],
+        "urgent": [urgent(a) for a in answers],
+    }
+    return {name: np.asarray(values, dtype=np.float64) for name, values in scores.items()}
 
 
 # sacrebleu's default tokenizer, 13a, splits at ASCII punctuation alone: to it "نعم،" and "نعم" are two words.
@@ -133,9 +120,8 @@ def bleu(answers, references):
 
 
 def words(text):
-    """Runs of letters and digits, in lower case, without diacritics and tatweel. Forms of alef, and ه and ة,
-    ي and ى, stay different."""
-    return re.findall(r"[^\W_]+", bare_letters(text, "NFKC"))
+    """Runs of letters and digits of the folded text. Forms of alef, and ه and ة, ي and ى, stay different."""
+    return re.findall(r"[^\W_]+", folded(text))
 
 
 def rouge_l(answers, references):

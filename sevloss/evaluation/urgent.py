@@ -1,10 +1,15 @@
 """Whether an answer sends the patient to emergency care: a list of expressions in Modern Standard Arabic and
-the dialects of the sample."""
+the dialects of the sample.
+
+Of replies by doctors that it takes for urgent about 81% are, and it finds at most 73% of those that are. In
+data/sample.jsonl 115 responses are hits, of which 35 are advice for the case that things get worse. So the
+share of answers that are urgent describes a model; it does not judge it.
+"""
 
 import re
 import unicodedata
 
-# The patterns are written in the spelling of _folded: ا for أ إ آ, ي for ى ئ, و for ؤ, ه for ة, no ء, and a
+# The patterns are written in the spelling of _spelling: ا for أ إ آ, ي for ى ئ, و for ؤ, ه for ة, no ء, and a
 # full stop between spaces for punctuation. Up to three words may lie between a place and its haste.
 _PREFIX = "[وف]?(?:ال|لل|[بكعف]ال|[لبعف])?"
 _HOSPITAL = "(?:مستشفي|مشفي|سبيطار)"
@@ -37,7 +42,8 @@ _GOING = (r"(?: (?:الي|علي|ع|في|اي|ان|[تني](?:روح|ذهب)\w*"
 _NOT = f"(?:[وف]?(?:{_NO_NEED}){_GOING}|خطه|حقنه|ابره|دوا|حبوب|حقيبه) "
 _EMERGENCY = re.compile(rf"\b(?P<not>{_NOT})?(?:{'|'.join(EMERGENCY)})\b")
 
-_SPELLING = str.maketrans("ىةٱ٠١٢٣٤٥٦٧٨٩", "يها0123456789", "ء")
+_SPELLING = str.maketrans("ىةٱ", "يها", "ء")
+_DIGITS = str.maketrans("٠١٢٣٤٥٦٧٨٩۰۱۲۳۴۵۶۷۸۹", 2 * "0123456789")
 
 
 def urgent(text):
@@ -48,15 +54,15 @@ def urgent(text):
     in other words are not seen. A hospital or a doctor alone is not enough: it takes haste, or the nearest
     hospital. Whether the advice is right, this cannot say.
     """
-    return any(not match["not"] for match in _EMERGENCY.finditer(_folded(text)))
+    return any(not match["not"] for match in _EMERGENCY.finditer(_spelling(text)))
 
 
-def _folded(text):
-    letters = bare_letters(text, "NFKD").translate(_SPELLING)  # NFKD: the hamza is a mark of its own
+def _spelling(text):
+    letters = folded(text, "NFKD").translate(_SPELLING)  # NFKD: the hamza is a mark of its own
     return " ".join(re.sub(r"[^\w\s]+|\n", " . ", letters).split())
 
 
-def bare_letters(text, form):
-    """In a Unicode normal form and lower case, without diacritics and tatweel."""
-    characters = unicodedata.normalize(form, text).casefold()
+def folded(text, form="NFKC"):
+    """In a Unicode normal form, lower case and ASCII digits, without diacritics and tatweel."""
+    characters = unicodedata.normalize(form, text).casefold().translate(_DIGITS)
     return "".join(c for c in characters if c != "ـ" and unicodedata.category(c) != "Mn")

@@ -21,6 +21,7 @@ COLUMN_NAMES = {
     "complaint": ("question", "q_body", "complaint", "post", "السؤال", "الشكوى"),
     "response": ("answer", "a_body", "response", "plan", "الإجابة", "الاجابة", "الرد"),
     "severity": ("severity", "الخطورة", "درجة الخطورة"),
+    "severity_source": ("severity_source",),  # label or classifier
     "non_critical": ("non_critical", "p_non_critical", "p_nc", "غير حرج"),
     "neutral": ("neutral", "p_neutral", "p_n", "متوسط"),
     "critical": ("critical", "p_critical", "p_c", "حرج"),
@@ -176,7 +177,7 @@ class Pair(NamedTuple):
     row: int  # in the table
     complaint: str
     response: str
-    severity: int | None  # index into severity.CLASSES
+    severity: int | None  # the label, an index into severity.CLASSES; what a classifier gave is none
     probabilities: tuple | None  # (non-critical, neutral, critical)
     specialty: str
     others: dict  # the table's other columns, as text: the same ones in every row
@@ -212,6 +213,15 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     others = [name for name in names if name not in found.values() or name == found.get("specialty")]
     required = [*needed] if probabilities == "optional" else [*needed, *PROBABILITIES]
 
+    # Where no column says whose it is, a severity that is the likeliest class in every row is a classifier's;
+    # in a handful of rows that may be chance
+    predicted = False
+    if "severity_source" not in found and {"severity", "critical"} <= found.keys():
+        pairs = [_make_pair(number, row, found, others)[0] for number, row in head if row is not None]
+        pairs = [pair for pair in pairs if pair.severity is not None and pair.probabilities]
+        likeliest = [pair.probabilities[pair.severity] == max(pair.probabilities) for pair in pairs]
+        predicted = len(pairs) >= 20 and all(likeliest)
+
     used = 0
     left_out = defaultdict(list)  # reason -> row numbers
     incomplete = defaultdict(list)
@@ -219,7 +229,7 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
         if row is None:
             left_out["with more cells than the header"].append(number)
             continue
-        pair, problems = _make_pair(number, row, found, others)
+        pair, problems = _make_pair(number, row, found, others, predicted)
         reasons = [problems[role] for role in required if role in problems]
         if reasons:
             left_out[reasons[0]].append(number)
@@ -248,8 +258,9 @@ def _counted(rows_by_reason):
 _LETTER = re.compile(r"[^\W_]")  # or a digit
 
 
-def _make_pair(number, row, columns, others):
-    """A Pair of what the row has, and {role: reason} of the columns that lack it or that nobody can read."""
+def _make_pair(number, row, columns, others, predicted=False):
+    """A Pair of what the row has, and {role: reason} of the columns that lack it or that nobody can read.
+    predicted: severities are a classifier's."""
     cells = {role: row.get(columns.get(role), "") for role in COLUMN_NAMES}
     problems = {}
     for role in ("complaint", "response"):
@@ -260,6 +271,9 @@ def _make_pair(number, row, columns, others):
         problems["severity"] = "without a severity"
     elif severity is None:
         problems["severity"] = "with a severity other than non-critical, neutral, critical"
+    elif predicted or _plain(cells["severity_source"]) == "classifier":
+        severity = None
+        problems["severity"] = "with a severity from a classifier, which is no label"
     probabilities, problem = _parse_probabilities([cells[role] for role in PROBABILITIES])
     if problem:
         problems |= dict.fromkeys(PROBABILITIES, problem)
