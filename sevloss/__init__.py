@@ -155,10 +155,9 @@ def report_errors(main):
                 handlers[number] = signal.signal(number, stop.handle)
         try:
             return main()
-        except InputError as error:
-            line = f"error: {error}"
-        except OSError as error:
-            line = f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
+        except (InputError, OSError) as error:
+            named = getattr(error, "filename", None)
+            line = f"error: {named}: {error.strerror}" if named else f"error: {error}"
         except KeyboardInterrupt as stopped:
             line = f"\nstopped; {str(stopped) or 'what was saved before stays'}"
         except (MemoryError, RuntimeError) as error:

@@ -43,9 +43,11 @@ def open_run(out, kind, resume=False):
     with lock_folder(run):
         check_layout(run)
         if not nothing_saved(run, kind) and not (resume and has_state(run)):
-            found = "holds no state to go on with" if resume else "exists and is not empty"
+            if resume:
+                raise InputError(f"{run} holds no state to go on with; if it holds a model, start a new run: "
+                                 f"--ckpt {run} --out NEW")
             or_resume = ", or --resume to go on with it" if has_state(run) else ""
-            raise InputError(f"{run} {found}: give another --out{or_resume}")
+            raise InputError(f"{run} exists and is not empty: give another --out{or_resume}")
         yield distributed.from_rank_0(run)
 
 
@@ -215,8 +217,8 @@ def read_state(run):
             raise ValueError("it belongs to another run")
         return state
     except Exception as error:  # what broken files raise has no common class
-        message = f"--resume: {path} is broken; start a new run from its model: --ckpt {run} --out NEW"
-        raise InputError(f"{message} ({str(error).partition('. ')[0]})") from error
+        message = f"--resume: {path} cannot be used: {str(error).partition('. ')[0]}; start a new run from"
+        raise InputError(f"{message} its model: --ckpt {run} --out NEW") from error
 
 
 def load_state(run, model, optimizer, scaler):

@@ -466,7 +466,7 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
     refused("changed: --lr was 0.002, is 0.01", "--lr", 0.01)
     refused("changed: --weighting was balanced, is mild", "--weighting", "mild")
     refused("changed: --data was", "--data", write_table("copy.jsonl", rows))
-    refused("is broken; start a new run from its model",
+    refused("cannot be used: its checksum is another; start a new run from its model",
             change=lambda: (run / "state" / "training.pt").write_bytes(b"half a file"))
     refused("holds no state to go on with", change=lambda: shutil.rmtree(run / "state"))
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").unlink())

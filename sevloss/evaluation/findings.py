@@ -18,7 +18,7 @@ from sevloss.severity import class_name
 
 # Runs of one setting may differ in these; the fingerprint of the data stands for the last three.
 FREE_ARGUMENTS = ("seed", "out", "resume", "save_every", "device", "micro_tokens", "gradient_checkpointing",
-                  "compile", "merge", "data", "columns", "classifier")
+                  "compile", "deterministic", "merge", "data", "columns", "classifier")
 
 
 # --- answers, as they are stored ----------------------------------------------------------------------------
