@@ -25,6 +25,7 @@ from sevloss import (
     data,
     device,
     distributed,
+    interpreting,
     report_errors,
     stop,
     terminal,
@@ -35,7 +36,7 @@ from sevloss.evaluation.bertscore import Scorer
 from sevloss.evaluation.report import criticality, write_evaluation
 from sevloss.generate import generate
 from sevloss.inputs import arabic, hub, tables
-from sevloss.models import eos_ids, load_model, load_tokenizer
+from sevloss.models import check_causal, eos_ids, load_model, load_tokenizer
 from sevloss.severity import class_name
 
 ROWS_AT_ONCE = 64  # answered together; what a stop can lose
@@ -120,13 +121,13 @@ def test_rows(args, runs):
         columns = run.get("columns", {}) | columns
     pairs = tables.read_pairs(table, needed=("complaint", "response"), columns=columns)
     fingerprint = str(Fingerprint(pairs))
-    if args.split == "all":
-        for name, run in trained.items():
-            same_file = Path(run["table"]).resolve() == Path(table).resolve()
-            if same_file or fingerprint == run["data_fingerprint"]:
-                raise InputError(f"{name} was trained on {table}: --split all would score what it has seen; "
-                                 "leave it out, or give another table with --data")
-    else:
+    for name, run in trained.items():
+        same_file = Path(run["table"]).resolve() == Path(table).resolve()
+        seen = args.split == "all" or run["arguments"].get("validation")  # then all of it was trained on
+        if seen and (same_file or fingerprint == run["data_fingerprint"]):
+            raise InputError(f"{name} was trained on {table}: that would score what it has seen; give "
+                             "another table with --data, or leave --split all out")
+    if args.split == "test":
         pairs = split_pairs(pairs)["test"]
     if not pairs:
         raise InputError(f"{table}: none of its complaints falls into the test split; --split all takes all, "
@@ -165,8 +166,7 @@ def answer_rows(name, run, pairs, protocol, args, path):
 
     # Model
     model, tokenizer = load_model(name), load_tokenizer(name)
-    if not hasattr(model, "head_weight") or not eos_ids(model):
-        raise InputError(f"{name} is no causal language model with an end-of-text token")
+    check_causal(model, name)
     compute = device.choose(args.device, args.dtype, small=sum(p.numel() for p in model.parameters()) < 10e6)
     model.to(compute.device)
     print(f"{name}: {compute}; {len(done):,} of {len(pairs):,} rows were answered before")
@@ -252,7 +252,10 @@ def bert_scores(answers, args, notes):
         kept = a.path.with_name(f"{a.path.stem}-{Path(ckpt).name}-{args.bertscore_layer}.json")
         before = hub.read_json(kept) if kept.is_file() else {}
         if before.get("made_of") == made_of:
-            f1[a.name] = before["f1"]
+            with interpreting(kept, "remove it"):
+                f1[a.name] = [float(score) for score in before["f1"]]
+                if len(f1[a.name]) != len(a.rows):
+                    raise ValueError(f"{len(f1[a.name])} scores of {len(a.rows)} answers")
             continue
         try:
             compute = device.choose(args.device, "fp32")
@@ -279,9 +282,10 @@ def print_answers(evaluation, shown):
     answers = {a.name: a.rows for a in evaluation.answers}
     rows = evaluation.answers[0].rows
     for i in sorted(range(len(rows)), key=lambda i: criticality(rows[i]))[:shown]:
-        print(f"\n[{rows[i].class_name}] {rows[i].complaint}\n  reference: {rows[i].reference}")
+        print(f"\n[{rows[i].class_name}] {tables.clean(rows[i].complaint)}")
+        print(f"  reference: {tables.clean(rows[i].reference)}")
         for setting in evaluation.settings:
-            print(f"  {setting.name}: {answers[setting.runs[0]][i].answer or '(empty)'}")
+            print(f"  {setting.name}: {tables.clean(answers[setting.runs[0]][i].answer) or '(empty)'}")
 
 
 def table_of(evaluation):
@@ -333,7 +337,8 @@ def evaluate(args, names, out):
     # Test rows
     protocols = {name: a.protocol for name, a in answers.items()}
     if runs:
-        pairs, protocol = test_rows(args, runs)
+        with interpreting(f"run.json of {' or '.join(runs)}", "name a run of finetune.py"):
+            pairs, protocol = test_rows(args, runs)
         protocols[next(iter(runs))] = protocol
     findings.check_same(protocols)  # before hours of answering
 
@@ -355,20 +360,20 @@ def evaluate(args, names, out):
     against = next((a.name for a, name in zip(answers, names) if name == args.against), None)
     evaluation = findings.evaluate(answers, bert_scores(answers, args, notes), notes, against)
 
-    # What is printed
-    if args.max_new_tokens:
-        print_answers(evaluation, args.answers)
-    table = table_of(evaluation)
-    print(f"\n{table}\n\nNLL: in nats per token of response and end of text. Intervals, specialties and "
-          "pictures are in the report.")
-    for sentence in (*evaluation.summary, *(v.sentence for v in evaluation.verdicts), *evaluation.notes):
-        print(f"  {sentence}")
-
     # What is written
+    table = table_of(evaluation)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_lines(out / "table.txt", [table])
     checkpoint.write_json(out / "evaluation.json", evaluation.to_json())
     write_evaluation(out, evaluation)
+
+    # What is printed
+    if args.max_new_tokens:
+        print_answers(evaluation, args.answers)
+    print(f"\n{table}\n\nNLL: in nats per token of response and end of text. Intervals, specialties and "
+          "pictures are in the report.")
+    for sentence in (*evaluation.summary, *(v.sentence for v in evaluation.verdicts), *evaluation.notes):
+        print(f"  {sentence}")
     print(f"wrote {out / 'report.html'} and what it is made of")
 
 

@@ -32,6 +32,7 @@ from sevloss.evaluation import scores
 from sevloss.inputs import tables
 from sevloss.loss import linear_weighted_token_ce, severity_weights
 from sevloss.models import (
+    check_causal,
     enable_gradient_checkpointing,
     eos_ids,
     load_model,
@@ -59,6 +60,7 @@ def parse_arguments():
     add = parser.add_argument_group("model and data").add_argument
     add("--ckpt", default="tiny", help="short name, hub id, folder or run; default: tiny, from scratch")
     add("--data", default=tables.SAMPLE, help=".jsonl, .csv, .tsv or .xlsx with complaints and responses")
+    add("--validation", metavar="TABLE", help="then all of --data is trained on; default: a tenth validates")
     add("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post response=Plan")
     add("--preprocess", choices=("auto", "arabert", "none"), default="auto", help="auto: as in pre-training")
     add("--max-length", type=int, default=512, help="most tokens of prompt and response together")
@@ -132,9 +134,11 @@ def make_model(args, compute, table, reading):
     if args.ckpt == "tiny":
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
         with contextlib.redirect_stdout(io.StringIO()):  # encoded_table will say the same about the table
-            pairs = data.split_pairs(tables.usable_pairs(table, **reading))["train"][:args.train_rows]
+            pairs = tables.read_pairs(table, **reading)
+        if not args.validation:
+            pairs = data.split_pairs(pairs)["train"]
         texts = []
-        for pair in pairs:
+        for pair in pairs[:args.train_rows]:
             texts.append(data.prepare(data.PROMPT.format(complaint=pair.complaint), preprocess))
             texts.append(data.prepare(pair.response, preprocess))
         model, tokenizer = tiny_gpt2(texts)
@@ -144,9 +148,7 @@ def make_model(args, compute, table, reading):
         model = load_model(args.ckpt, dtype=compute.dtype if args.lora else torch.float32)
         tokenizer = load_tokenizer(args.ckpt)
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, model.raw_config)
-    if not hasattr(model, "head_weight") or not eos_ids(model):
-        raise InputError(f"{args.ckpt} is no causal language model with an end-of-text token: nothing to "
-                         "fine-tune")
+    check_causal(model, args.ckpt)
     model.raw_config["sevloss"] = {"prompt": data.PROMPT, "preprocess": preprocess}
 
     if args.lora:
@@ -255,6 +257,10 @@ def train(args, run):
         probabilities = "optional"
         print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not used")
     reading = dict(needed=("complaint", "response"), probabilities=probabilities, columns=columns)
+    validation = None
+    if args.validation:
+        validation = dict(path=args.validation, needed=reading["needed"],
+                          columns=tables.parse_columns(args.columns))
 
     # ---- model and tokenizer; seeded here: runs that differ only in their weights start from the same model
     device.seed_everything(args.seed)
@@ -265,7 +271,8 @@ def train(args, run):
                     preprocess=preprocess)
     with distributed.rank_0_first():
         encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
-                                     supervise=args.supervise, train_rows=args.train_rows)
+                                     supervise=args.supervise, train_rows=args.train_rows,
+                                     validation=validation)
     examples = encoded.train
     print(f"{len(examples):,} pairs to train on, {len(encoded.validation):,} to validate on, "
           f"{encoded.test_rows:,} kept for evaluate.py")
@@ -383,7 +390,8 @@ def train(args, run):
     if args.merge:
         save_model(load_model(run), tokenizer, run / "merged")
         print(f"wrote {run}/merged")
-    print(f"wrote {run}\nnext: python evaluate.py {run}")
+    test_table = " --data TABLE --split all" if args.validation else ""
+    print(f"wrote {run}\nnext: python evaluate.py {run}{test_table}")
 
 
 if __name__ == "__main__":

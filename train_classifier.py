@@ -20,7 +20,17 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, check_positive, checkpoint, data, device, distributed, report_errors, terminal
+from sevloss import (
+    InputError,
+    check_positive,
+    checkpoint,
+    data,
+    device,
+    distributed,
+    interpreting,
+    report_errors,
+    terminal,
+)
 from sevloss.classifier import annotate, baseline, report
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer, save_model
@@ -324,7 +334,9 @@ def train_and_save(args, compute, run):
     known = {data.complaint_id(pair.complaint) for pair in train + validation}
     trained_on = set()
     if (Path(args.ckpt) / "classifier.json").is_file():
-        trained_on = set(hub.read_json(Path(args.ckpt) / "classifier.json")["trained_on"])
+        path = Path(args.ckpt) / "classifier.json"
+        with interpreting(path, "train it again"):
+            trained_on = set(hub.read_json(path)["trained_on"])
     if args.folds:
         make_folds(train + validation, args.folds)
         if trained_on & known:

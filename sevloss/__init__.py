@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import os
 import re
 import shutil
@@ -25,13 +24,34 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what was found, and what to do."""
 
 
+@contextlib.contextmanager
+def interpreting(path, advice="correct it or get it again"):
+    """Around code that interprets a file which someone else may have written: whatever goes wrong there
+    becomes an InputError that names the file and says what to do."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:  # what wrong types and shapes raise has no common class
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise InputError(f"{path} cannot be used ({type(error).__name__}: {reason}); {advice}") from error
+
+
+def printable(text):
+    """The text on one line, without characters that steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def check_positive(args, *names, or_zero=()):
-    """InputError unless the arguments `names` are above 0, and those of `or_zero` at least 0; None passes."""
+    """InputError unless the arguments `names` are above 0, and those of `or_zero` at least 0. None passes;
+    nothing beyond 64 bits does."""
     for name in (*names, *or_zero):
         value = getattr(args, name)
-        if value is None or math.isfinite(value) and (value > 0 or value == 0 and name in or_zero):
+        if value is None or 0 < value < 2 ** 63 or value == 0 and name in or_zero:
             continue
-        wanted = "at least 0" if name in or_zero else "positive"
+        wanted = "at least 0" if name in or_zero else "positive"  # NaN and infinity are neither
         raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
@@ -147,6 +167,8 @@ def report_errors(main):
     written, too little memory. Ctrl-C or SIGTERM: one line and the usual code, 130 or 143."""
     @functools.wraps(main)
     def run():
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # a terminal without Arabic loses letters, not the run
         stop.waits = False
         stop.signal = 0
         handlers = {}
@@ -157,7 +179,7 @@ def report_errors(main):
             return main()
         except (InputError, OSError) as error:
             named = getattr(error, "filename", None)
-            line = f"error: {named}: {error.strerror}" if named else f"error: {error}"
+            line = f"error: {printable(f'{named}: {error.strerror}' if named else str(error))}"
         except KeyboardInterrupt as stopped:
             line = f"\nstopped; {str(stopped) or 'what was saved before stays'}"
         except (MemoryError, RuntimeError) as error:

@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sevloss import InputError, distributed, flush_to_disk, is_rank_0, lock, write_atomically, writing
+from sevloss import (
+    InputError,
+    distributed,
+    flush_to_disk,
+    interpreting,
+    is_rank_0,
+    lock,
+    write_atomically,
+    writing,
+)
 from sevloss.data import SPLIT_RULE, check_split_rule, digest
 from sevloss.inputs import hub
 
@@ -155,17 +164,18 @@ def check_resumed(run, script, arguments, results):
     if before.get("script") != script:
         raise InputError(f"--resume: {run} is no run of {script}")
     free = (*FREE_ON_RESUME, "lr") if "not_finite" in before else FREE_ON_RESUME
-    then = before.get("arguments", {})
-    changed = [f"--{name.replace('_', '-')} was {then.get(name)}, is {value}"
-               for name, value in arguments.items() if name not in free and then.get(name) != value]
-    if results["steps"] < before.get("steps", 0):
-        changed.append(f"the run was to have {before['steps']} steps, is to have {results['steps']}")
+    with interpreting(run / "run.json", "start a new run"):
+        then = before["arguments"]
+        changed = [f"--{name.replace('_', '-')} was {then.get(name)}, is {value}"
+                   for name, value in arguments.items() if name not in free and then.get(name) != value]
+        if results["steps"] < before["steps"]:
+            changed.append(f"the run was to have {before['steps']} steps, is to have {results['steps']}")
     if changed:
         raise InputError(f"--resume goes on with the same run; changed: {'; '.join(changed)}")
     for what in ("data", "model"):
         if before.get(f"{what}_fingerprint") != results[f"{what}_fingerprint"]:
             raise InputError(f"--resume: the {what} of {run} has changed since it began; start a new run")
-    if results["steps"] > before.get("steps", 0):
+    if results["steps"] > before["steps"]:
         print(f"{results['steps']} steps in place of {before['steps']}: from here on the learning rate is "
               "that of a run so long")
 

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 
 from sevloss import InputError, data
 from sevloss.inputs import tables
@@ -292,3 +293,34 @@ def test_micro_batches(most):
 def test_pack():
     tokens, lengths = data.pack([[1, 2], [3]])
     assert (tokens.tolist(), lengths) == ([1, 2, 3], [2, 1])
+
+
+def test_a_prompt_has_no_end_of_text_behind_it(tiny):
+    """Of what a tokenizer adds, what comes before a text stays; a model that saw EOS before each response would
+    be taught to begin after it."""
+    tokenizer = Tokenizer.from_str(tiny[1].to_str())
+    eos = tokenizer.token_to_id("<|endoftext|>")
+    plain = data.encode_prompts(tokenizer, ["عندي صداع"], 99)[0][0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", eos)])
+    for longest in (99, len(plain) - 1):
+        prompt, = data.encode_prompts(tokenizer, ["عندي صداع"], longest)[0]
+        assert prompt[0] == eos and eos not in prompt[1:] and len(prompt) <= longest
+    assert data.encode_prompts(tokenizer, ["عندي صداع"], 99)[0] == [[eos] + plain]
+
+
+def test_a_validation_table_of_its_own(write_table, rows, tiny, tmp_path, capsys):
+    """All of the table is trained on but for complaints that both have; a change of either is noticed."""
+    train = write_table("train.jsonl", rows[:60])
+    validation = write_table("validation.jsonl", rows[55:90])
+    reading = dict(needed=("complaint", "response"), probabilities="required", columns={})
+
+    def make():
+        return data.encoded_table(
+            train, tiny[1], reading=reading, encoding=dict(max_length=99, eos_id=0, preprocess="none"),
+            validation=dict(path=str(validation), needed=reading["needed"]), folder=tmp_path / "encoded")
+    table = make()
+    assert (len(table.train), len(table.validation), table.test_rows) == (55, 35, 0)
+    assert f"5 rows are not trained on: their complaints are in {validation}" in capsys.readouterr().out
+    write_table("validation.jsonl", rows[55:89])
+    assert len(make().validation) == 34 and make().fingerprint != table.fingerprint

@@ -471,7 +471,7 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
     refused("holds no state to go on with", change=lambda: shutil.rmtree(run / "state"))
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").unlink())
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").write_text("{}\n"))
-    refused("cannot be read as JSON", change=lambda: (run / "run.json").write_text('{"script": "finet'))
+    refused("run.json cannot be used", change=lambda: (run / "run.json").write_text('{"script": "finet'))
     before = json.loads((base / "run.json").read_text())
     refused("is no run of finetune.py", change=lambda: (run / "run.json").write_text(json.dumps(before
                                                                                                 | {"script": "a.py"})))

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +15,17 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, checkpoint, data, distributed, flush_to_disk, is_rank_0, lock, stop
+from sevloss import (
+    InputError,
+    checkpoint,
+    data,
+    distributed,
+    flush_to_disk,
+    interpreting,
+    is_rank_0,
+    lock,
+    stop,
+)
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
@@ -75,13 +86,15 @@ class Classifier:
         result = hub.read_json(run / "classifier.json")
         data.check_split_rule(result.get("split_rule"), run)
         model = load_model(run, device=compute.device)
-        try:
-            return cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
-                       min(run_json["max_length"], model.config.context), result["out_of_fold"],
-                       set(result["trained_on"]))
-        except KeyError as error:
-            message = f"{run} is broken, its run.json or classifier.json lacks {error}: train it again"
-            raise InputError(message) from error
+        with interpreting(f"run.json or classifier.json of {run}", "train it again"):
+            loaded = cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
+                         min(run_json["max_length"], model.config.context), result["out_of_fold"],
+                         set(result["trained_on"]))
+            if not (0 < loaded.temperature < math.inf and loaded.max_length >= 8
+                    and loaded.preprocess in ("arabert", "none") and model.config.num_labels == 3
+                    and all(len(p) == 3 and min(p) >= 0 for p in loaded.out_of_fold.values())):
+                raise ValueError("temperature, max_length, preprocess, probabilities or classes out of range")
+            return loaded
 
     def probabilities(self, complaints, compute, progress=None):
         """(n, 3) calibrated probabilities of (non-critical, neutral, critical), those out of fold where the
@@ -132,12 +145,13 @@ def _annotate_table(classifier, table, to, columns, compute):
     done = Counter()  # rows, bytes, and how many complaints were cut, seen, labelled
     before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
     if before.get("inputs") == inputs:
-        done.update(before["done"])
+        with interpreting(journal, f"remove {partial}"):
+            done.update({name: int(count) for name, count in before["done"].items()})
         print(f"{to}: going on after row {done['rows']:,}")
     done = distributed.from_rank_0(done)
 
     # The next rows; a table that cannot be read is refused before anything is written
-    total = sum(1 for _ in tables.read_rows(table))
+    total = sum(1 for _ in tables.read_rows(table, ("complaint",), columns)[2])
     pairs = islice(tables.usable_pairs(table, needed=("complaint",), columns=columns), done["rows"], None)
     chunk = list(islice(pairs, CHUNK))
 
@@ -203,5 +217,7 @@ def write_rows(file, ending, pairs, probabilities, *, header):
         return
     writer = csv.DictWriter(file, rows[0], delimiter="\t" if ending == ".tsv" else ",")
     if header:
+        file.write("\ufeff")  # without it Excel shows Arabic as gibberish
         writer.writeheader()
-    writer.writerows(rows)
+    for fields in rows:
+        writer.writerow({name: tables.quote_formula(cell) for name, cell in fields.items()})
