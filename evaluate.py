@@ -204,11 +204,13 @@ def answer_rows(name, run, pairs, protocol, args, path):
         for start in range(0, len(left), ROWS_AT_ONCE):
             part = left[start:start + ROWS_AT_ONCE]
             nll = scores.response_nll(model, examples, compute, indices=part)
-            own = distributed.share(prompt_lengths, part)[distributed.rank()]
-            generated = generate(model, [prompts[i] for i in own], max_new_tokens=args.max_new_tokens,
-                                 eos_ids=eos_ids(model), temperature=args.temperature, top_p=args.top_p,
-                                 seed=args.seed)
-            generated = distributed.gather(dict(zip(own, generated)))
+            generated = {i: [] for i in part}
+            if args.max_new_tokens:
+                own = distributed.share(prompt_lengths, part)[distributed.rank()]
+                new_ids = generate(model, [prompts[i] for i in own], max_new_tokens=args.max_new_tokens,
+                                   eos_ids=eos_ids(model), temperature=args.temperature, top_p=args.top_p,
+                                   seed=args.seed)
+                generated = distributed.gather(dict(zip(own, new_ids)))
             lines = ""
             for i in part:
                 ids = generated[i]

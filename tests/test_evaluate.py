@@ -713,11 +713,11 @@ REFUSED = [
      "evaluated with different temperature: 0.0 and 0.5"),
     ("{here}/rows.jsonl", "is not finished"),
     ("{here}/empty.jsonl", "is not finished"),
-    ("{here}/headless.jsonl", "is no answers file of evaluate.py, or has lost its first line"),
+    ("{here}/headless.jsonl", "it has lost its first line: remove it and call again"),
     ("{here}/half.jsonl", "cannot be used"),
     ("{here}/text.jsonl", "cannot be used"),
     ("{run}/model.safetensors", "cannot be used"),
-    ("{table}", "is no answers file of evaluate.py"),
+    ("{table}", "if evaluate.py wrote it"),
 ]
 
 
