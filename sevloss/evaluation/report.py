@@ -124,6 +124,7 @@ def draw_differences(evaluation, endpoint):
     figure = Figure(figsize=(5.6, 1.3 + 0.4 * len(verdicts)), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)
+    axes.locator_params(axis="x", nbins=5)
     axes.axvline(0, color="grey", linewidth=1)
     for place, v in enumerate(verdicts):
         value, low, high = v.difference[:3]
