@@ -78,8 +78,8 @@ def row_groups(rows):
 
 def answer_scores(complaints, answers, references, unfinished):
     """{score: (n,)}: every score of n answers that texts alone give. unfinished (n,): the answer has no end.
-    chrF, BLEU and ROUGE-L are of `folded` texts: models behind AraBERT's preprocessing cannot write diacritics,
-    tatweel and the Arabic shapes of digits."""
+    chrF, BLEU and ROUGE-L are of `folded` texts: models behind AraBERT's preprocessing cannot write
+    diacritics, tatweel and the Arabic shapes of digits."""
     folded_answers = [folded(a) for a in answers]
     folded_references = [folded(r) for r in references]
     scores = {
