@@ -340,7 +340,7 @@ def judge(verdicts, differences, contrast):
 def sentence_of(v):
     """The finding with its numbers, or why there is none."""
     what = {"NLL": "NLL", "contrast": "the contrast (NLL of critical minus non-critical rows)"}[v.endpoint]
-    rows = f"{v.difference.rows:.0f} rows"
+    rows = f"{v.difference.rows:.0f} rows{' of the smaller class' if v.endpoint == 'contrast' else ''}"
     seeds = len(v.seeds)
     remedy = ""
     if v.endpoint == "NLL" and v.seeds != [None]:
@@ -387,7 +387,7 @@ def listed(words):
 def signed(estimate):
     """Value and 95% interval, in digits that mean something."""
     places = decimals(estimate.high - estimate.value)
-    value, low, high = (f"{x:+.{places}f}" for x in estimate[:3])
+    value, low, high = (f"{x:+z.{places}f}" for x in estimate[:3])
     return value if math.isnan(estimate.low) else f"{value} [{low}, {high}]"
 
 

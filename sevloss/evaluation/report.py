@@ -110,7 +110,7 @@ def cell(estimate, places, sign):
     """Value [95% interval]; a line may break before the bracket alone."""
     if estimate is None or math.isnan(estimate.value):
         return "–"
-    value, low, high = (f"{x:{sign},.{places}f}" for x in estimate[:3])
+    value, low, high = (f"{x:{sign}z,.{places}f}" for x in estimate[:3])
     return value if math.isnan(estimate.low) else f"{value} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
