@@ -8,22 +8,33 @@
 """
 
 import argparse
+import contextlib
 import json
-import os
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
 
-from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal
+from sevloss import (
+    InputError,
+    check_positive,
+    checkpoint,
+    data,
+    device,
+    distributed,
+    interpreting,
+    report_errors,
+    stop,
+    terminal,
+)
 from sevloss.data import Fingerprint, digest, file_fingerprint, sample_pairs, split_pairs
 from sevloss.evaluation import findings, scores
 from sevloss.evaluation.bertscore import Scorer
 from sevloss.evaluation.report import criticality, write_evaluation
 from sevloss.generate import generate
 from sevloss.inputs import arabic, hub, tables
-from sevloss.models import eos_ids, load_model, load_tokenizer
+from sevloss.models import check_causal, eos_ids, load_model, load_tokenizer
 
 ROWS_AT_ONCE = 64  # answered together; what a stop can lose
 # "paper": what the published notebooks do; their prompt ends where training's says "الاجابة:", and what comes
@@ -105,10 +116,12 @@ def test_rows(args, runs):
         table = table_of_run(name, run["table"])
         columns = run.get("columns", {}) | columns
     pairs = tables.read_pairs(table, needed=("complaint", "response"), columns=columns)
-    for name, run in trained.items() if args.split == "all" else ():
+    for name, run in trained.items():
         same_file = Path(run["table"]).resolve() == Path(table).resolve()
-        if same_file or run["data_fingerprint"] == str(Fingerprint(pairs)):
-            raise InputError(f"{name} was trained on {table}: --split all would score what it has seen")
+        seen = args.split == "all" or run["arguments"].get("validation")  # then all of it was trained on
+        if seen and (same_file or run["data_fingerprint"] == str(Fingerprint(pairs))):
+            raise InputError(f"{name} was trained on {table}: that would score what it has seen; give "
+                             "another table with --data, or leave --split all out")
     pairs = split_pairs(pairs)["test"] if args.split == "test" else pairs
     if not pairs:
         raise InputError(f"{table}: none of its complaints falls into the test split; if it is a test set, "
@@ -145,8 +158,7 @@ def answer_rows(name, run, pairs, protocol, args, path):
 
     # Model
     model, tokenizer = load_model(name), load_tokenizer(name)
-    if not hasattr(model, "head_weight") or not eos_ids(model):
-        raise InputError(f"{name} is no causal language model with an end-of-text token")
+    check_causal(model, name)
     compute = device.choose(args.device, args.dtype, small=sum(p.numel() for p in model.parameters()) < 10e6)
     model.to(compute.device)
     print(f"{name}: {compute}; {len(done):,} of {len(pairs):,} rows were answered before")
@@ -171,24 +183,27 @@ def answer_rows(name, run, pairs, protocol, args, path):
 
     # Answers
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without the line that a stop cut off
-    left.sort(key=lambda i: -len(prompts[i]))
+    checkpoint.keep_lines(path)  # without one that a stop cut in half
+    if not stored:
+        head = {"name": name, "run": run, "protocol": protocol}
+        checkpoint.append(path, json.dumps(head, ensure_ascii=False) + "\n")
+    prompt_lengths = [len(prompt) for prompt in prompts]
+    left.sort(key=lambda i: -prompt_lengths[i])
     bar = tqdm(total=len(pairs), initial=len(done), unit="row", desc=name, mininterval=1)
+    stop.waits = True  # a signal is looked at between parts
     # Autocast around all rows: a weight is cast to 16 bits once
-    with open(path, "a", encoding="utf-8") as file, bar, compute.autocast():
-        if not stored:
-            head = {"name": name, "run": run, "protocol": protocol}
-            file.write(json.dumps(head, ensure_ascii=False) + "\n")
+    with bar, compute.autocast():
         for start in range(0, len(left), ROWS_AT_ONCE):
             part = left[start:start + ROWS_AT_ONCE]
             nll = scores.response_nll(model, examples, compute, indices=part)
-            generated = [[]] * len(part)
-            if args.max_new_tokens:
-                generated = generate(model, [prompts[i] for i in part], max_new_tokens=args.max_new_tokens,
-                                     eos_ids=eos_ids(model), temperature=args.temperature, top_p=args.top_p,
-                                     seed=args.seed)
-            for i, ids in zip(part, generated):
+            own = distributed.share(prompt_lengths, part)[distributed.rank()]
+            generated = generate(model, [prompts[i] for i in own], max_new_tokens=args.max_new_tokens,
+                                 eos_ids=eos_ids(model), temperature=args.temperature, top_p=args.top_p,
+                                 seed=args.seed)
+            generated = distributed.gather(dict(zip(own, generated)))
+            lines = ""
+            for i in part:
+                ids = generated[i]
                 text = tokenizer.decode(ids).rstrip("\ufffd").strip()  # half a character where it was cut off
                 if args.recipe == "paper":
                     text = text.rpartition(HEADING)[2].strip()
@@ -199,9 +214,13 @@ def answer_rows(name, run, pairs, protocol, args, path):
                     pair.row, pair.complaint, pair.response, pair.severity, pair.probabilities,
                     pair.specialty, text, finished=len(ids) < args.max_new_tokens, nll=nll[i].item(),
                     tokens=int(examples.target_counts[i]))
-                file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-            file.flush()
+                lines += json.dumps(asdict(answer), ensure_ascii=False) + "\n"
+            checkpoint.append(path, lines, to_disk=True)
             bar.update(len(part))
+            stop.leave(distributed.largest(stop.signal), "the answers so far are kept; the same command "
+                                                         "goes on")
+    stop.waits = False
+    distributed.wait_for_all()  # until rank 0 has written the last of them
 
 
 # --- BERTScore ----------------------------------------------------------------------------------------------
@@ -225,7 +244,10 @@ def bert_scores(answers, args, notes):
         kept = a.path.with_name(f"{a.path.stem}-{Path(ckpt).name}-{args.bertscore_layer}.json")
         before = hub.read_json(kept) if kept.is_file() else {}
         if before.get("made_of") == made_of:
-            f1[a.name] = before["f1"]
+            with interpreting(kept, "remove it"):
+                f1[a.name] = [float(score) for score in before["f1"]]
+                if len(f1[a.name]) != len(a.rows):
+                    raise ValueError(f"{len(f1[a.name])} scores of {len(a.rows)} answers")
             continue
         try:
             compute = device.choose(args.device, "fp32")
@@ -251,9 +273,10 @@ def print_answers(evaluation, shown):
     answers = {a.name: a.rows for a in evaluation.answers}
     rows = evaluation.answers[0].rows
     for i in sorted(range(len(rows)), key=lambda i: criticality(rows[i]))[:shown]:
-        print(f"\n[{rows[i].class_name}] {rows[i].complaint}\n  reference: {rows[i].reference}")
+        print(f"\n[{rows[i].class_name}] {tables.clean(rows[i].complaint)}")
+        print(f"  reference: {tables.clean(rows[i].reference)}")
         for setting in evaluation.settings:
-            print(f"  {setting.name}: {answers[setting.runs[0]][i].answer or '(empty)'}")
+            print(f"  {setting.name}: {tables.clean(answers[setting.runs[0]][i].answer) or '(empty)'}")
 
 
 def table_of(evaluation):
@@ -271,12 +294,21 @@ def table_of(evaluation):
 @report_errors
 def main():
     args = parse_arguments()
+    args.device = distributed.start(args.device)
 
-    # Models and answers that were made before
     names = args.runs or [newest_run()]
     if args.against and args.against not in names:
         names.append(args.against)
     check_names(names)
+    out = Path(args.out or (Path(names[0]) if Path(names[0]).is_dir() else Path("runs")) / "evaluation")
+    with contextlib.ExitStack() as locks:  # of all that is written to
+        for folder in {out.resolve(), *map(findings.run_folder, names)} - {None}:
+            locks.enter_context(checkpoint.lock_folder(folder))
+        evaluate(args, names, out)
+
+
+def evaluate(args, names, out):
+    # Models and answers that were made before
     answers, runs, weights = {}, {}, {}
     for name in names:
         if Path(name).is_file():
@@ -284,12 +316,12 @@ def main():
         else:
             runs[name] = findings.read_run_json(name)  # {} for a plain checkpoint
             weights[name] = file_fingerprint(hub.find_file(name, (*hub.ADAPTERS, *hub.WEIGHTS)))
-    out = Path(args.out or (Path(names[0]) if Path(names[0]).is_dir() else Path("runs")) / "evaluation")
 
     # Test rows
     protocols = {name: a.protocol for name, a in answers.items()}
     if runs:
-        pairs, protocol = test_rows(args, runs)
+        with interpreting(f"run.json of {' or '.join(runs)}", "name a run of finetune.py"):
+            pairs, protocol = test_rows(args, runs)
         protocols[next(iter(runs))] = protocol
     findings.check_same(protocols)  # before hours of answering
 
@@ -311,18 +343,18 @@ def main():
     against = next((a.name for a, name in zip(answers, names) if name == args.against), None)
     evaluation = findings.evaluate(answers, bert_scores(answers, args, notes), notes, against)
 
-    # What is printed
-    if args.max_new_tokens:
-        print_answers(evaluation, args.answers)
-    table = table_of(evaluation)
-    print(f"\n{table}\n\nNLL: in nats per token of response and end of text. Intervals are in the report.")
-    for sentence in (*evaluation.summary, *(v.sentence for v in evaluation.verdicts), *evaluation.notes):
-        print(f"  {sentence}")
-
     # What is written
+    table = table_of(evaluation)
     write_evaluation(out, evaluation)
     checkpoint.write_lines(out / "table.txt", [table])
     checkpoint.write_json(out / "evaluation.json", evaluation.to_json())
+
+    # What is printed
+    if args.max_new_tokens:
+        print_answers(evaluation, args.answers)
+    print(f"\n{table}\n\nNLL: in nats per token of response and end of text. Intervals are in the report.")
+    for sentence in (*evaluation.summary, *(v.sentence for v in evaluation.verdicts), *evaluation.notes):
+        print(f"  {sentence}")
     print(f"wrote {out / 'report.html'} and what it is made of")
 
 

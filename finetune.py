@@ -16,12 +16,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal
+from sevloss import (
+    InputError,
+    check_positive,
+    checkpoint,
+    data,
+    device,
+    distributed,
+    report_errors,
+    stop,
+    terminal,
+)
 from sevloss.classifier import annotate
 from sevloss.evaluation import scores
 from sevloss.inputs import tables
 from sevloss.loss import linear_weighted_token_ce, severity_weights
 from sevloss.models import (
+    check_causal,
     enable_gradient_checkpointing,
     eos_ids,
     load_model,
@@ -49,6 +60,7 @@ def parse_arguments():
     add = parser.add_argument_group("model and data").add_argument
     add("--ckpt", default="tiny", help="short name, hub id, folder or run; default: tiny, from scratch")
     add("--data", default=tables.SAMPLE, help=".jsonl, .csv, .tsv or .xlsx with complaints and responses")
+    add("--validation", metavar="TABLE", help="then all of --data is trained on; default: a tenth validates")
     add("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post response=Plan")
     add("--preprocess", choices=("auto", "arabert", "none"), default="auto", help="auto: as in pre-training")
     add("--max-length", type=int, default=512, help="most tokens of prompt and response together")
@@ -82,10 +94,13 @@ def parse_arguments():
     add("--micro-tokens", type=int, default=4096, help="at most so many tokens in memory at once")
     add("--gradient-checkpointing", action="store_true", help="less memory: compute each block twice")
     add("--compile", action="store_true", help="on a GPU: steps in 0.5 to 0.7 of the time, but a slow start")
+    add("--deterministic", action="store_true", help="only operations that give the same bits every time")
+    add("--shard", action="store_true", help="with torchrun: each rank holds its part of the model (FSDP2)")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
     add("--save-every", type=int, metavar="STEPS", help="validate and save this often; default once an epoch")
-    add("--resume", action="store_true", help="go on with the run in --out, with the same arguments")
+    add("--resume", action="store_true", help="go on with the run in --out, with the same arguments; "
+        "more --epochs or --max-steps make it longer")
 
     recipe = parser.parse_known_args()[0].recipe
     parser.set_defaults(**RECIPES[recipe])
@@ -119,9 +134,11 @@ def make_model(args, compute, table, reading):
     if args.ckpt == "tiny":
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
         with contextlib.redirect_stdout(io.StringIO()):  # encoded_table will say the same about the table
-            pairs = data.split_pairs(tables.usable_pairs(table, **reading))["train"][:args.train_rows]
+            pairs = tables.read_pairs(table, **reading)
+        if not args.validation:
+            pairs = data.split_pairs(pairs)["train"]
         texts = []
-        for pair in pairs:
+        for pair in pairs[:args.train_rows]:
             texts.append(data.prepare(data.PROMPT.format(complaint=pair.complaint), preprocess))
             texts.append(data.prepare(pair.response, preprocess))
         model, tokenizer = tiny_gpt2(texts)
@@ -131,9 +148,7 @@ def make_model(args, compute, table, reading):
         model = load_model(args.ckpt, dtype=compute.dtype if args.lora else torch.float32)
         tokenizer = load_tokenizer(args.ckpt)
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, model.raw_config)
-    if not hasattr(model, "head_weight") or not eos_ids(model):
-        raise InputError(f"{args.ckpt} is no causal language model with an end-of-text token: nothing to "
-                         "fine-tune")
+    check_causal(model, args.ckpt)
     model.raw_config["sevloss"] = {"prompt": data.PROMPT, "preprocess": preprocess}
 
     if args.lora:
@@ -148,7 +163,10 @@ def make_model(args, compute, table, reading):
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.ckpt}: {parameters:,} parameters, {trainable:,} ({trainable / parameters:.2%}) learn, "
           f"vocabulary {len(model.head_weight):,}, preprocessing {preprocess}")
-    return model.to(compute.device), tokenizer, preprocess
+    model.to(compute.device)
+    if args.shard:
+        distributed.shard(model, compute)
+    return model, tokenizer, preprocess
 
 
 # --- the pieces of the loop ---------------------------------------------------------------------------------
@@ -169,7 +187,8 @@ def show_weights(weights, coefficients):
 def step_batches(examples, token_weights, args, compute, first_step):
     """Yields (indices of the examples, their micro-batches on the device) of each optimizer step.
 
-    Each epoch has an order of its own, made of seed and epoch; its last step may have fewer examples.
+    Each epoch has an order of its own, made of seed and epoch; its last step may have fewer examples. With
+    several ranks the micro-batches are this rank's.
     """
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     order = None
@@ -178,7 +197,7 @@ def step_batches(examples, token_weights, args, compute, first_step):
         if order is None or step_of_epoch == 0:
             order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
         indices = order[step_of_epoch * args.batch_size:(step_of_epoch + 1) * args.batch_size]
-        parts = data.micro_batches(examples.input_lengths, indices, args.micro_tokens)
+        parts = distributed.micro_batches(examples.input_lengths, indices, args.micro_tokens)
         yield indices, [data.make_batch(examples, part, compute.device, token_weights) for part in parts]
 
 
@@ -189,28 +208,40 @@ def validate_and_save(run, model, tokenizer, optimizer, scaler, validation, comp
     """
     nll = scores.per_token(scores.response_nll(model, validation, compute), validation.target_counts)["nll"]
     if not math.isfinite(nll):
-        raise InputError(f"the validation NLL is {nll} after step {progress['step']}: lower --lr; nothing "
-                         "was saved since the last validation")
-    better = nll < progress["best"]
-    if better:
+        raise checkpoint.not_finite(run, f"the validation NLL is {nll} after step {progress['step']}")
+    if nll < progress["best"]:
         progress["best"] = nll
         progress["best_step"] = progress["step"]
     progress["validation"].append([progress["step"], nll])
     checkpoint.save_state(run, model, optimizer, scaler, progress)
-    if better:
+    save_best(run, model, tokenizer, progress)
+    best = " (best)" if progress["best_step"] == progress["step"] else ""
+    skipped = progress["step"] - progress["updates"]
+    return (f"step {progress['step']}: validation NLL {nll:.4f} per token{best}"
+            + (f"; fp16 has skipped {skipped} steps" if skipped else ""))
+
+
+def save_best(run, model, tokenizer, progress):
+    """What follows the state: the model, if its step is the best, and validation.json."""
+    if progress["best_step"] == progress["step"]:
         save_model(model, tokenizer, run)
     checkpoint.write_json(run / "validation.json", progress["validation"])
-    return f"step {progress['step']}: validation NLL {nll:.4f} per token{' (best)' if better else ''}"
 
 
 @report_errors
 def main():
-    # ---- configuration
     args = parse_arguments()
+    args.device = distributed.start(args.device)
+    with checkpoint.open_run(args.out, "finetune", args.resume) as run:
+        train(args, run)
+
+
+def train(args, run):
+    # ---- configuration
     coefficients = parse_weighting(args.weighting)
     weighted = len(set(coefficients)) > 1
-    run = checkpoint.new_run(args.out, "finetune", args.resume)
-    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
+    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny",
+                            deterministic=args.deterministic)
     print(compute)
     if args.compile and compute.device.type != "cuda":
         raise InputError("--compile is for a GPU: on a CPU every batch would be compiled anew")
@@ -226,6 +257,10 @@ def main():
         probabilities = "optional"
         print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not used")
     reading = dict(needed=("complaint", "response"), probabilities=probabilities, columns=columns)
+    validation = None
+    if args.validation:
+        validation = dict(path=args.validation, needed=reading["needed"],
+                          columns=tables.parse_columns(args.columns))
 
     # ---- model and tokenizer; seeded here: runs that differ only in their weights start from the same model
     device.seed_everything(args.seed)
@@ -234,14 +269,18 @@ def main():
     # ---- data: table -> pairs -> splits -> ids
     encoding = dict(max_length=min(args.max_length, model.config.context), eos_id=eos_ids(model)[0],
                     preprocess=preprocess)
-    encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
-                                 supervise=args.supervise, train_rows=args.train_rows)
+    with distributed.rank_0_first():
+        encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
+                                     supervise=args.supervise, train_rows=args.train_rows,
+                                     validation=validation)
     examples = encoded.train
     print(f"{len(examples):,} pairs to train on, {len(encoded.validation):,} to validate on, "
           f"{encoded.test_rows:,} kept for evaluate.py")
 
     # ---- severity -> weight of each example -> weight of each of its tokens, the normalisation folded in
     weights = severity_weights(torch.tensor(examples.probabilities), coefficients)  # (n, 3) -> (n,)
+    if not weights.any():
+        raise InputError(f"--weighting {args.weighting} gives every example the weight 0: nothing to learn")
     show_weights(weights, coefficients)
     token_weights = weights.numpy()
     if args.normalise == "example":
@@ -256,25 +295,26 @@ def main():
     save_every = args.save_every or steps_per_epoch
 
     # ---- resume, or begin
+    facts = dict(coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT, compute=str(compute),
+                 table=str(table), columns=columns, steps=steps, data_fingerprint=encoded.fingerprint,
+                 model_fingerprint="" if args.ckpt == "tiny" else checkpoint.weights_digest(args.ckpt))
     progress = {"step": 0, "updates": 0, "best": math.inf, "best_step": 0, "validation": []}
-    if args.resume:
-        checkpoint.check_resumed(run, "finetune.py", vars(args), encoded.fingerprint)
+    if checkpoint.has_state(run):
+        checkpoint.check_resumed(run, "finetune.py", vars(args), facts)
         progress = checkpoint.load_state(run, model, optimizer, scaler)
-        checkpoint.keep_lines(run / "metrics.jsonl", progress["step"])
-        if progress["best_step"] == progress["step"]:  # it may have stopped between saving state and model
-            save_model(model, tokenizer, run)
-        print(f"going on after step {progress['step']} of {steps}")
-    else:
-        checkpoint.write_run_json(
-            run, "finetune.py", vars(args), coefficients=coefficients, preprocess=preprocess,
-            prompt=data.PROMPT, compute=str(compute), table=str(table), columns=columns, steps=steps,
-            data_fingerprint=encoded.fingerprint)
-    metrics_file = open(run / "metrics.jsonl", "a", encoding="utf-8")
+        save_best(run, model, tokenizer, progress)
+        finished = "; the run is finished" if progress["step"] == steps else ""
+        print(f"going on after step {progress['step']} of {steps}{finished}")
+    elif args.resume:
+        print(f"nothing was saved in {run} yet: it begins at step 0")
+    checkpoint.keep_lines(run / "metrics.jsonl", progress["step"])
+    checkpoint.write_run_json(run, "finetune.py", vars(args), **facts)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
 
     # ---- the loop: an optimizer step a turn
     batches = step_batches(examples, token_weights, args, compute, progress["step"])
     upcoming = next(batches)
+    stop.waits = True  # a signal is looked at between steps
     for step in range(progress["step"], steps):
         began = time.perf_counter()
         indices, micro_batches = upcoming
@@ -290,6 +330,8 @@ def main():
         # forward and backward of each micro-batch; gradients add up
         step_loss = torch.zeros((), device=compute.device)
         for batch in micro_batches:
+            if args.shard:
+                model.set_requires_gradient_sync(batch is micro_batches[-1])
             with compute.autocast():
                 hidden = model(batch.tokens, batch.lengths)  # (N, D)
                 hidden = hidden.index_select(0, batch.supervised_index)  # (S, D)
@@ -298,17 +340,22 @@ def main():
             scaler.scale(loss).backward()
             step_loss += loss.detach()
 
+        # the sum over the ranks
+        distributed.add_up_gradients(trainable)
+        distributed.add_up(step_loss)
+
         # clip; the next step's batches are made while the device works; then its one transfer to the host
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, args.clip)
+        grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trainable, args.clip))
         upcoming = next(batches)
         step_loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()
 
         # optimizer step; fp16 skips it where the scaled gradients overflowed, and lowers the scale
         finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
         if not finite and not (scaler.is_enabled() and math.isfinite(step_loss)):
-            raise InputError(f"loss {step_loss}, gradient norm {grad_norm} at step {step + 1}: lower --lr, "
-                             "or --resume from the last save with --dtype fp32")
+            rows = ", ".join(map(str, sorted(examples.rows[indices])))
+            raise checkpoint.not_finite(run, f"loss {step_loss} and gradient norm {grad_norm} at step "
+                                             f"{step + 1}, with rows {rows} of the table")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -318,27 +365,33 @@ def main():
         # metrics
         seconds = time.perf_counter() - began
         tokens = int(examples.input_lengths[indices].sum())
-        metrics_file.write(json.dumps({
+        checkpoint.append(run / "metrics.jsonl", json.dumps({
             "step": step + 1, "loss": step_loss, "lr": lr, "grad_norm": grad_norm if finite else None,
             "examples": len(indices), "tokens": tokens, "supervised_tokens": supervised_tokens,
             "seconds": round(seconds, 4)}) + "\n")
         bar.set_postfix_str(f"loss {step_loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
         bar.update()
 
-        # validation and checkpoint
+        # validation and checkpoint; a signal saves the state alone, so that going on comes to the same end
+        stopping = distributed.largest(stop.signal)
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            metrics_file.flush()
             bar.write(validate_and_save(run, model, tokenizer, optimizer, scaler, encoded.validation, compute,
                                         progress))
+        elif stopping:
+            checkpoint.save_state(run, model, optimizer, scaler, progress)
+        stop.leave(stopping, f"saved after step {step + 1} of {steps}: --resume --out {run} goes on")
+    stop.waits = False
     bar.close()
-    metrics_file.close()
 
     # ---- what there is now
+    if not progress["updates"]:
+        raise InputError(f"fp16 skipped all {steps} steps, nothing was learned: start anew with --dtype fp32")
     print(f"best NLL {progress['best']:.4f}, at step {progress['best_step']}; {compute.peak_memory()}")
     if args.merge:
         save_model(load_model(run), tokenizer, run / "merged")
         print(f"wrote {run}/merged")
-    print(f"wrote {run}\nnext: python evaluate.py {run}")
+    test_table = " --data TABLE --split all" if args.validation else ""
+    print(f"wrote {run}\nnext: python evaluate.py {run}{test_table}")
 
 
 if __name__ == "__main__":

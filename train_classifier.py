@@ -20,7 +20,17 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, terminal
+from sevloss import (
+    InputError,
+    check_positive,
+    checkpoint,
+    data,
+    device,
+    distributed,
+    interpreting,
+    report_errors,
+    terminal,
+)
 from sevloss.classifier import annotate, baseline, report
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer, save_model
@@ -51,6 +61,7 @@ def parse_arguments():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; parameters stay fp32")
+    add("--deterministic", action="store_true", help="only operations that give the same bits every time")
     add = parser.add_argument_group("run and annotation").add_argument
     add("--out", metavar="RUN", help="run folder; default runs/classifier-001 and so on")
     add("--folds", type=int, default=0, metavar="K", help="also train K models for out-of-fold probabilities")
@@ -124,7 +135,7 @@ class Fitted:
 def fit(args, compute, train, validation, preprocess, seed, *, name, log=None):
     """Trains on the pairs `train` and keeps the epoch with the lowest NLL on the pairs `validation`: Fitted.
 
-    name: of the progress bar; log: an open file that gets a line of JSON per optimizer step.
+    name: of the progress bar; log: a file that gets a line of JSON per optimizer step.
     """
     # ---- model and data
     complaints, targets = soft_targets(train)
@@ -134,6 +145,7 @@ def fit(args, compute, train, validation, preprocess, seed, *, name, log=None):
     validation_ids, validation_cut = encode(model, tokenizer, [p.complaint for p in validation], args,
                                             preprocess)
     validation_labels = labels_of(validation)
+    train_lengths = np.array([len(ids) for ids in train_ids])
     if train_cut + validation_cut:
         print(f"  {train_cut + validation_cut:,} of {len(train_ids) + len(validation_ids):,} complaints "
               f"were cut to fit {min(args.max_length, model.config.context)} tokens")
@@ -163,20 +175,26 @@ def fit(args, compute, train, validation, preprocess, seed, *, name, log=None):
             # learning rate: it rises for half an epoch
             lr = set_learning_rate(optimizer, args.lr, updates, steps, steps_per_epoch // 2)
 
-            # forward and backward
-            indices = sorted(order[position:position + args.batch_size], key=lambda i: len(train_ids[i]))
-            tokens, lengths = data.pack([train_ids[i] for i in indices], compute.device)
-            shares = device.to_device(targets[indices], compute.device)  # (B, 3)
+            # forward and backward of this rank's share; one without rows takes a row that counts for nothing
+            indices = order[position:position + args.batch_size]
+            own = distributed.share(train_lengths, indices)[distributed.rank()]
+            rows = sorted(own or indices[:1], key=lambda i: train_lengths[i])
+            tokens, lengths = data.pack([train_ids[i] for i in rows], compute.device)
+            shares = device.to_device(targets[rows], compute.device)  # (B, 3)
             with compute.autocast():
                 logits = model.classify(tokens, lengths)  # (B, 3)
-                loss = F.cross_entropy(logits.float(), shares, weight=class_weights,
-                                       label_smoothing=args.label_smoothing)
+                loss = F.cross_entropy(logits.float(), shares, weight=class_weights, reduction="sum",
+                                       label_smoothing=args.label_smoothing) / len(indices)
+            if not own:
+                loss = 0 * loss
             scaler.scale(loss).backward()
+            distributed.add_up_gradients(list(model.parameters()))
+            loss = distributed.add_up(loss.detach())
 
             # clip, check, step; fp16 skips the step where the scaled gradients overflowed
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            step_loss, grad_norm = torch.stack([loss.detach(), grad_norm]).tolist()
+            step_loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
             finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
             if not finite and not (scaler.is_enabled() and math.isfinite(step_loss)):
                 raise InputError(f"loss {step_loss}, gradient norm {grad_norm} at step {step + 1}: lower "
@@ -191,10 +209,10 @@ def fit(args, compute, train, validation, preprocess, seed, *, name, log=None):
             bar.set_postfix_str(f"loss {step_loss:.3f}", refresh=False)
             bar.update()
             if log:
-                log.write(json.dumps({
+                checkpoint.append(log, json.dumps({
                     "seed": seed, "step": step, "loss": step_loss, "lr": lr,
                     "grad_norm": grad_norm if finite else None,
-                    "examples": len(indices), "tokens": len(tokens),
+                    "examples": len(indices), "tokens": int(train_lengths[indices].sum()),
                     "seconds": round(time.perf_counter() - began, 4)}) + "\n")
 
         # validation: keep the best epoch, and stop where none was better for a while
@@ -273,6 +291,7 @@ def out_of_fold(args, compute, pairs, preprocess):
 @report_errors
 def main():
     args = parse_arguments()
+    args.device = distributed.start(args.device)
     annotate_only = bool(args.annotate) and not args.data
     if args.annotate:  # what would fail should fail before hours of training
         annotate.check_target(args.to)
@@ -280,19 +299,23 @@ def main():
     if annotate_only and not (Path(args.ckpt) / "classifier.json").is_file():
         raise InputError(f"{args.ckpt} is no finished run of this script, so it cannot annotate: give one, "
                          "or --data to train one first")
-    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny")
+    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny",
+                            deterministic=args.deterministic)
     print(compute)
-    run = Path(args.ckpt) if annotate_only else train_and_save(args, compute)
+    run = Path(args.ckpt)
+    if not annotate_only:
+        with checkpoint.open_run(args.out, "classifier") as run:
+            train_and_save(args, compute, run)
+        distributed.wait_for_all()  # until rank 0 has written it
     if args.annotate:
         classifier = annotate.Classifier.load(run, compute)
         columns = tables.parse_columns(args.columns) if annotate_only else {}
         annotate.annotate_table(classifier, args.annotate, args.to, columns, compute)
 
 
-def train_and_save(args, compute):
-    """Trains, scores, and writes the run folder; returns its path."""
+def train_and_save(args, compute, run):
+    """Trains, scores, and writes the run folder."""
     # ---- data
-    run = checkpoint.new_run(args.out, "classifier", resume=False)
     table = args.data or tables.SAMPLE
     pairs = tables.read_pairs(table, needed=("complaint", "severity"),
                               columns=tables.parse_columns(args.columns))
@@ -311,7 +334,9 @@ def train_and_save(args, compute):
     known = {data.complaint_id(pair.complaint) for pair in train + validation}
     trained_on = set()
     if (Path(args.ckpt) / "classifier.json").is_file():
-        trained_on = set(hub.read_json(Path(args.ckpt) / "classifier.json")["trained_on"])
+        path = Path(args.ckpt) / "classifier.json"
+        with interpreting(path, "train it again"):
+            trained_on = set(hub.read_json(path)["trained_on"])
     if args.folds:
         make_folds(train + validation, args.folds)
         if trained_on & known:
@@ -328,13 +353,14 @@ def train_and_save(args, compute):
     best = None
     best_nll = math.inf
     scores_by_seed = {}
-    with open(run / "metrics.jsonl", "w", encoding="utf-8") as log:
-        for seed in args.seed:
-            fitted = fit(args, compute, train, validation, preprocess, seed, name=f"seed {seed}", log=log)
-            scores_by_seed[seed] = scores(fitted.logits / fitted.temperature, labels_of(validation))
-            if scores_by_seed[seed]["nll"] < best_nll:
-                best = fitted
-                best_nll = scores_by_seed[seed]["nll"]
+    log = run / "metrics.jsonl"
+    checkpoint.write_lines(log, [])
+    for seed in args.seed:
+        fitted = fit(args, compute, train, validation, preprocess, seed, name=f"seed {seed}", log=log)
+        scores_by_seed[seed] = scores(fitted.logits / fitted.temperature, labels_of(validation))
+        if scores_by_seed[seed]["nll"] < best_nll:
+            best = fitted
+            best_nll = scores_by_seed[seed]["nll"]
     best.model.raw_config["sevloss"] = {"preprocess": preprocess}
     save_model(best.model, best.tokenizer, run)
     if len(args.seed) > 1:
@@ -360,12 +386,12 @@ def train_and_save(args, compute):
     if args.folds:
         ids = [data.complaint_id(pair.complaint) for pair in scored]
         out_of_fold_probabilities = dict(zip(ids, calibrated.softmax(-1).tolist()))
+    report.write_classifier_report(run, scored, logits, encoder=args.ckpt, basis=basis)
     checkpoint.write_json(run / "classifier.json", {
         "temperature": best.temperature, "scores": {name: scores(z, labels) for name, z in logits.items()},
         "seeds": {str(seed): seed_scores for seed, seed_scores in scores_by_seed.items()},
         "out_of_fold": out_of_fold_probabilities, "trained_on": sorted(trained_on | known),
         "split_rule": data.SPLIT_RULE})
-    report.write_classifier_report(run, scored, logits, encoder=args.ckpt, basis=basis)
     print(f"\n{basis}\n")
     print(terminal.table(["model", *report.SCORE_NAMES.values()], report.score_rows(logits, labels)))
     confusion = confusion_matrix(calibrated.argmax(-1), labels).tolist()
@@ -375,7 +401,6 @@ def train_and_save(args, compute):
     print(terminal.table(["", *CLASSES], [[name, *row] for name, row in zip(CLASSES, confusion)]))
     print(f"\nwrote {run} (model, report.html); {compute.peak_memory()}")
     print(f"next: python finetune.py --classifier {run}")
-    return run
 
 
 def print_seeds(scores_by_seed):

@@ -1,10 +1,18 @@
 """Severity-aware fine-tuning for Arabic medical text generation, in plain PyTorch."""
 
+import contextlib
 import functools
-import math
 import os
+import re
+import shutil
+import signal
 import sys
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: there two processes in one folder are not noticed
+    fcntl = None
 
 # Every ragged batch has shapes of its own, and oneDNN keeps what it prepared for each of the last 1,024:
 # hundreds of megabytes. A step needs about 150, each of them in every block.
@@ -16,38 +24,173 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what was found, and what to do."""
 
 
+@contextlib.contextmanager
+def interpreting(path, advice="correct it or get it again"):
+    """Around code that interprets a file which someone else may have written: whatever goes wrong there
+    becomes an InputError that names the file and says what to do."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:  # what wrong types and shapes raise has no common class
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise InputError(f"{path} cannot be used ({type(error).__name__}: {reason}); {advice}") from error
+
+
+def printable(text):
+    """The text on one line, without characters that steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def check_positive(args, *names, or_zero=()):
-    """InputError unless the arguments `names` are above 0, and those of `or_zero` at least 0; None passes."""
+    """InputError unless the arguments `names` are above 0, and those of `or_zero` at least 0. None passes;
+    nothing beyond 64 bits does."""
     for name in (*names, *or_zero):
         value = getattr(args, name)
-        if value is None or math.isfinite(value) and (value > 0 or value == 0 and name in or_zero):
+        if value is None or 0 < value < 2 ** 63 or value == 0 and name in or_zero:
             continue
-        wanted = "at least 0" if name in or_zero else "positive"
+        wanted = "at least 0" if name in or_zero else "positive"  # NaN and infinity are neither
         raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
-def write_atomically(path, write):
-    """write(temporary path), then a rename: the file is the old one or the new one, never half of it."""
+def is_rank_0():
+    """Of the processes that torchrun has started this one writes and prints; without torchrun: yes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+def write_atomically(path, write, size=0):
+    """write(temporary path), to the disk, then a rename: the file is the old one or the new one, never half
+    of it, even when power fails. size: bytes that must be free. InputError names what cannot be written."""
+    if not is_rank_0():
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    write(temporary)
-    temporary.chmod(mode)  # the usual one: safetensors lets nobody but the owner read
-    os.replace(temporary, path)
+    with writing(path):
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            raise OSError(f"it needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+        try:
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(mode)  # the usual one: safetensors lets nobody but the owner read
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        flush_to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """What goes wrong while `path` is written is one line that names it; native code has no common error."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or str(cause).partition("\n")[0]
+        raise InputError(f"{path} cannot be written: {reason}; what was saved before stays") from error
+
+
+def flush_to_disk(path):
+    """A file's content, or a folder's names."""
+    if os.name != "nt":  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(path, wait=False):
+    """Holds the file `path`, which the system lets go when its holder dies; InputError where another process
+    holds it, unless `wait`. Where the file system has no locks, it goes on without."""
+    if not is_rank_0():  # rank 0 holds it for all
+        yield
+        return
+    path = Path(path)
+    made = not path.parent.exists()
+    held = False
+    while not held:  # the holder before may remove the file while we open it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process works on {path.parent} and holds {path.name}: wait for it, or "
+                             "give another folder") from None
+        except OSError:
+            pass
+        held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            if made:
+                path.parent.rmdir()  # where nothing has come into it
+        file.close()
+
+
+# --- how a script ends --------------------------------------------------------------------------------------
+
+class Stop:
+    """What Ctrl-C and SIGTERM do: they end the script at once; or, where a loop has set `waits`, the first
+    one is kept in `signal` until the loop calls `leave`, its step done and saved."""
+    waits = False
+    signal = 0
+
+    def handle(self, number, frame):
+        at_once = self.signal or not self.waits
+        self.signal = number
+        if at_once:
+            raise KeyboardInterrupt
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be at work just now
+
+    def leave(self, signal, message):
+        if signal:
+            self.signal = signal  # it may be another rank's
+            raise KeyboardInterrupt(message)
+
+
+stop = Stop()
 
 
 def report_errors(main):
-    """Decorates a script's main(): InputError becomes a line and exit code 2, Ctrl-C a line and code 130."""
+    """Decorates a script's main(). One line and exit code 2: an InputError, a file that cannot be read or
+    written, too little memory. Ctrl-C or SIGTERM: one line and the usual code, 130 or 143."""
     @functools.wraps(main)
     def run():
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # a terminal without Arabic loses letters, not the run
+        stop.waits = False
+        stop.signal = 0
+        handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has set it
+                handlers[number] = signal.signal(number, stop.handle)
         try:
-            main()
-        except (InputError, OSError) as error:  # OSError: a full disk, a folder where a file should be
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("\nstopped by Ctrl-C; what was saved before stays", file=sys.stderr)
-            sys.exit(130)
+            return main()
+        except (InputError, OSError) as error:
+            named = getattr(error, "filename", None)
+            line = f"error: {printable(f'{named}: {error.strerror}' if named else str(error))}"
+        except KeyboardInterrupt as stopped:
+            line = f"\nstopped; {str(stopped) or 'what was saved before stays'}"
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+                raise
+            line = ("error: out of memory: lower --micro-tokens, --batch-size or --max-length, or add "
+                    "--gradient-checkpointing; what was saved before stays")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        rank = "" if is_rank_0() else f"rank {os.environ['RANK']}: "
+        print(rank + line, file=sys.stderr)
+        sys.exit(2 if line.startswith("error") else 128 + (stop.signal or signal.SIGINT))
     return run

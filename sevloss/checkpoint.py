@@ -1,42 +1,94 @@
-"""Run folders and training state: numbered, never overwritten by accident, resumable to the bit.
+"""Run folders and training state: numbered, locked, never overwritten by accident, resumable to the bit.
 
 A run folder is the model one would use: at its top level lie the weights of the best step by validation,
 config and tokenizer. state/ holds all that going on needs, the last step's weights included; run.json says
 what was asked, metrics.jsonl and validation.json what came out.
 """
 
+import contextlib
+import hashlib
 import json
+import os
 import platform
+import secrets
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from sevloss import InputError, write_atomically
-from sevloss.data import SPLIT_RULE, check_split_rule
+from sevloss import (
+    InputError,
+    distributed,
+    flush_to_disk,
+    interpreting,
+    is_rank_0,
+    lock,
+    write_atomically,
+    writing,
+)
+from sevloss.data import SPLIT_RULE, check_split_rule, digest
 from sevloss.inputs import hub
 
+# The number of steps may grow; --lr may change where the numbers had left their range
 FREE_ON_RESUME = ("resume", "out", "save_every", "device", "dtype", "micro_tokens", "gradient_checkpointing",
-                  "compile", "merge")
+                  "compile", "deterministic", "merge", "epochs", "max_steps")
+BEGUN = {".lock", "run.json", "metrics.jsonl", "state"}  # what a start leaves that was stopped before a save
+CHECKSUM = 32  # bytes of SHA-256
 
 
-def new_run(out, kind, resume):
-    """`out` as given, or runs/<kind>-001 and so on. One that is not empty is refused without --resume."""
-    if out is None:
-        if resume:
-            raise InputError("--resume needs the run folder: --out RUN")
-        numbers = [path.name.rpartition("-")[2] for path in Path("runs").glob(f"{kind}-*")]
-        last = max((int(number) for number in numbers if number.isdigit()), default=0)
-        return Path("runs") / f"{kind}-{last + 1:03d}"
-    out = Path(out)
-    if resume:
-        if not (out / "run.json").is_file():
-            raise InputError(f"--resume: {out} holds no run")
-        check_layout(out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        or_resume = ", or --resume to go on with it" if kind == "finetune" else ""
-        raise InputError(f"{out} exists and is not empty: give another --out{or_resume}")
-    return out
+# --- the folder ---------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def open_run(out, kind, resume=False):
+    """The run folder, which no other process can open until this one is done: `out` as given, or
+    runs/<kind>-001 and so on. InputError where it holds something that would be lost."""
+    if out is None and resume:
+        raise InputError("--resume needs the run folder: --out RUN")
+    if not is_rank_0():  # rank 0 says which one it is
+        yield distributed.from_rank_0(None)
+        return
+    run = next_run(kind) if out is None else Path(out)
+    with lock_folder(run):
+        check_layout(run)
+        if not nothing_saved(run, kind) and not (resume and has_state(run)):
+            if resume:
+                raise InputError(f"{run} holds no state to go on with; if it holds a model, start a new run: "
+                                 f"--ckpt {run} --out NEW")
+            or_resume = ", or --resume to go on with it" if has_state(run) else ""
+            raise InputError(f"{run} exists and is not empty: give another --out{or_resume}")
+        yield distributed.from_rank_0(run)
+
+
+def next_run(kind):
+    numbers = [path.name.rpartition("-")[2] for path in Path("runs").glob(f"{kind}-*")]
+    last = max((int(number) for number in numbers if number.isdigit()), default=0)
+    return Path("runs") / f"{kind}-{last + 1:03d}"
+
+
+def nothing_saved(run, kind):
+    """Whether a start that was interrupted could have left the folder: nothing in it would be lost."""
+    names = {path.name for path in run.iterdir() if not path.name.endswith(".tmp")}
+    if kind == "classifier" and hub.read_optional(run, "run.json").get("script") == "train_classifier.py":
+        return "classifier.json" not in names  # comes last
+    return names <= BEGUN and not has_state(run)
+
+
+def has_state(run):
+    return (run / "state" / "training.pt").is_file()
+
+
+@contextlib.contextmanager
+def lock_folder(folder):
+    """Holds a folder; of a run, what killed processes were writing is removed, and links to other folders are
+    refused."""
+    with lock(folder / ".lock"):
+        for path in folder.rglob("*") if (folder / "run.json").is_file() else ():
+            if path.is_symlink() and path.is_dir():
+                raise InputError(f"{path} leads out of the run: put the folder itself in its place")
+            if path.name.endswith(".tmp") or path.name.startswith(".tmp"):  # the latter are safetensors' own
+                path.unlink()
+        yield
 
 
 def check_layout(run):
@@ -50,6 +102,8 @@ def check_layout(run):
     check_split_rule(hub.read_json(Path(run) / "run.json").get("split_rule"), run)
 
 
+# --- its files ----------------------------------------------------------------------------------------------
+
 def write_json(path, value):
     text = json.dumps(value, ensure_ascii=False, indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -60,71 +114,134 @@ def write_lines(path, lines):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def keep_lines(path, count):
-    """Cuts a file to its first `count` lines: what came after the last save is written again."""
+def append(path, text, to_disk=False):
+    """Adds to the end of a file. A symbolic link is not followed."""
+    if not is_rank_0():
+        return
+    def open_itself(name, flags):
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    with writing(path), open(path, "a", encoding="utf-8", newline="", opener=open_itself) as file:
+        file.write(text)
+        if to_disk:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def keep_lines(path, count=None):
+    """Cuts a file to its first `count` lines, or to all that are whole: what came after the last save is
+    written again."""
     content = path.read_bytes() if path.is_file() else b""  # bytes: a stop may have cut a letter in half
     lines = content.split(b"\n")[:-1][:count]
-    if len(lines) < count:
-        raise InputError(f"--resume: {path} has lost lines of the {count} before the last save; start again "
-                         "in a new folder")
+    if count is not None and len(lines) < count:
+        raise InputError(f"--resume: {path} has lost lines of the {count} before the last save; start a new "
+                         f"run from its model: --ckpt {path.parent} --out NEW")
     write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(line + b"\n" for line in lines)))
 
 
 def write_run_json(run, script, arguments, **results):
-    """Makes the folder with run.json: what was asked, which versions ran, what the data was."""
+    """Makes the folder with run.json: what was asked, which versions ran, what the data was; and an id, by
+    which its state is known."""
     run.mkdir(parents=True, exist_ok=True)
+    id = hub.read_json(run / "run.json")["id"] if has_state(run) else secrets.token_hex(8)
     versions = {package: version(package) for package in ("torch", "tokenizers", "safetensors", "numpy")}
     write_json(run / "run.json", {
-        "script": script, "arguments": arguments, "split_rule": SPLIT_RULE, **results,
+        "script": script, "arguments": arguments, "split_rule": SPLIT_RULE, "id": id, **results,
         "versions": {"python": platform.python_version(), **versions}})
 
 
-def check_resumed(run, script, arguments, fingerprint):
-    """InputError unless arguments and data are those that the run began with."""
+def weights_digest(ckpt):
+    """Of the size of a checkpoint's weights and of some 4,096 bytes of them: changes with every training."""
+    content = np.memmap(hub.find_file(ckpt, (*hub.ADAPTERS, *hub.WEIGHTS)), mode="r")
+    return digest(len(content), content[::len(content) // 4096 + 1].tobytes())
+
+
+# --- going on -----------------------------------------------------------------------------------------------
+
+def check_resumed(run, script, arguments, results):
+    """InputError unless arguments, data and model are those that the run began with; the number of steps may
+    have grown. results: as given to write_run_json."""
     before = hub.read_json(run / "run.json")
     if before.get("script") != script:
         raise InputError(f"--resume: {run} is no run of {script}")
-    then = before.get("arguments", {})
-    changed = [f"--{name.replace('_', '-')} was {then.get(name)}, is {value}" for name,
-               value in arguments.items()
-               if name not in FREE_ON_RESUME and then.get(name) != value]
+    free = (*FREE_ON_RESUME, "lr") if "not_finite" in before else FREE_ON_RESUME
+    with interpreting(run / "run.json", "start a new run"):
+        then = before["arguments"]
+        changed = [f"--{name.replace('_', '-')} was {then.get(name)}, is {value}"
+                   for name, value in arguments.items() if name not in free and then.get(name) != value]
+        if results["steps"] < before["steps"]:
+            changed.append(f"the run was to have {before['steps']} steps, is to have {results['steps']}")
     if changed:
         raise InputError(f"--resume goes on with the same run; changed: {'; '.join(changed)}")
-    if before.get("data_fingerprint") != fingerprint:
-        raise InputError(f"--resume: the data of {run} has changed since it began; start a new run")
+    for what in ("data", "model"):
+        if before.get(f"{what}_fingerprint") != results[f"{what}_fingerprint"]:
+            raise InputError(f"--resume: the {what} of {run} has changed since it began; start a new run")
+    if results["steps"] > before["steps"]:
+        print(f"{results['steps']} steps in place of {before['steps']}: from here on the learning rate is "
+              "that of a run so long")
+
+
+def not_finite(run, what):
+    """The InputError of a run whose numbers left their range; it may then go on with another --lr."""
+    write_json(run / "run.json", hub.read_json(run / "run.json") | {"not_finite": what})
+    return InputError(f"{what}: the last save stays; go on with --resume and a lower --lr, or --dtype fp32")
 
 
 def save_state(run, model, optimizer, scaler, progress):
     """state/training.pt: the weights that learn (the others come from the checkpoint), optimizer, scaler,
-    progress and torch's random generators. The order of the examples needs no entry: it follows from seed and
-    step."""
-    (run / "state").mkdir(exist_ok=True)
+    progress, torch's random generators, the run's id; behind them a SHA-256 of it all. The order of the
+    examples needs no entry: it follows from seed and step."""
+    weights = {name: distributed.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise not_finite(run, f"the weights are not finite after step {progress['step']}")
     state = {
+        "run": hub.read_json(run / "run.json")["id"],
         "progress": progress,
-        "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
-        "optimizer": optimizer.state_dict(),
+        "model": weights,
+        "optimizer": distributed.whole_state(optimizer.state_dict()),
         "scaler": scaler.state_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    write_atomically(run / "state" / "training.pt", lambda temporary: torch.save(state, temporary))
+
+    def write(temporary):
+        with open(temporary, "w+b") as file:
+            torch.save(state, file)
+            file.flush()
+            file.write(hashlib.sha256(np.memmap(temporary, mode="r")).digest())
+    flush_to_disk(run / "metrics.jsonl")  # going on counts its lines
+    (run / "state").mkdir(exist_ok=True)
+    moments = [tensor for of_weight in optimizer.state.values() for tensor in of_weight.values()]
+    size = sum(tensor.nbytes for tensor in (*weights.values(), *moments))
+    write_atomically(run / "state" / "training.pt", write, size)
+
+
+def read_state(run):
+    """What save_state wrote; InputError where it is not whole, or of another run."""
+    path = run / "state" / "training.pt"
+    try:
+        content = np.memmap(path, mode="r")
+        if hashlib.sha256(content[:-CHECKSUM]).digest() != content[-CHECKSUM:].tobytes():
+            raise ValueError("its checksum is another")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["run"] != hub.read_json(run / "run.json").get("id"):
+            raise ValueError("it belongs to another run")
+        return state
+    except Exception as error:  # what broken files raise has no common class
+        message = f"--resume: {path} cannot be used: {str(error).partition('. ')[0]}; start a new run from"
+        raise InputError(f"{message} its model: --ckpt {run} --out NEW") from error
 
 
 def load_state(run, model, optimizer, scaler):
     """Undoes save_state on freshly built objects; returns `progress`."""
-    path = run / "state" / "training.pt"
-    if not path.is_file():
-        raise InputError(f"--resume: {run} was stopped before its first save; start it again in a new folder")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what broken files raise has no common class
-        raise InputError(f"--resume: {path} is broken; start a new run, with {run} as --ckpt") from error
-    model.load_state_dict(state["model"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
+    state = read_state(run)
+    progress = state["progress"]
+    if 0 < progress["best_step"] < progress["step"]:  # else the model is written anew
+        hub.open_tensors(hub.find_file(run, (*hub.ADAPTERS, *hub.WEIGHTS)))
+    distributed.load_whole(model, optimizer, state["model"], state["optimizer"])
     if state["scaler"]:  # empty where there was nothing to scale
         scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
     if torch.cuda.is_available():
         for device, rng_state in enumerate(state["cuda_rng"][:torch.cuda.device_count()]):
             torch.cuda.set_rng_state(rng_state, device)
-    return state["progress"]
+    return progress

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sevloss import InputError
+from sevloss import InputError, interpreting, lock, writing
 from sevloss.device import to_device
 from sevloss.inputs import arabic, tables
 
@@ -131,7 +130,10 @@ def choose_preprocess(choice, ckpt, raw_config):
     """auto|arabert|none -> arabert|none. auto: as stored in a run, else as in pre-training."""
     if choice != "auto":
         return choice
-    stored = raw_config.get("sevloss", {}).get("preprocess")
+    with interpreting(f"config.json of {ckpt}"):
+        stored = raw_config.get("sevloss", {}).get("preprocess")
+        if stored not in (None, "arabert", "none"):
+            raise ValueError(f"preprocess is {stored!r}, neither arabert nor none")
     if stored:
         return stored
     names = f"{ckpt} {raw_config.get('_name_or_path', '')}".lower()
@@ -158,6 +160,13 @@ def encode(tokenizer, texts, *, special):
     return ids
 
 
+def encode_from_start(tokenizer, texts):
+    """List of id lists, with what the tokenizer puts before a text (BOS), not what follows it (EOS)."""
+    probe = tokenizer.encode("ا")
+    before = probe.ids[:[*probe.special_tokens_mask, 0].index(0)]
+    return [before + ids for ids in encode(tokenizer, texts, special=False)]
+
+
 def encode_and_cut(tokenizer, texts, max_length):
     """(id lists with [CLS] and [SEP], how many were cut): what is too long loses its end, not its [SEP]."""
     ids = encode(tokenizer, texts, special=True)
@@ -176,7 +185,7 @@ def encode_prompts(tokenizer, complaints, max_lengths, prompt=PROMPT):
     """
     if isinstance(max_lengths, int):
         max_lengths = [max_lengths] * len(complaints)
-    ids = encode(tokenizer, [prompt.format(complaint=complaint) for complaint in complaints], special=True)
+    ids = encode_from_start(tokenizer, [prompt.format(complaint=complaint) for complaint in complaints])
     cut = 0
     for i, max_length in enumerate(max_lengths):
         cut += len(ids[i]) > max_length
@@ -187,7 +196,7 @@ def encode_prompts(tokenizer, complaints, max_lengths, prompt=PROMPT):
             if kept_tokens < 1 or not offsets:
                 raise InputError(f"{max_length} tokens are too few for a prompt: raise --max-length")
             end = offsets[min(kept_tokens, len(offsets)) - 1][1]
-            ids[i] = tokenizer.encode(prompt.format(complaint=complaints[i][:end])).ids
+            ids[i], = encode_from_start(tokenizer, [prompt.format(complaint=complaints[i][:end])])
     return ids, cut
 
 
@@ -198,6 +207,7 @@ class Examples:
     lengths: np.ndarray  # (n,) int32
     first_target: np.ndarray  # (n,) int32
     probabilities: np.ndarray  # (n, 3) float32, of the severity classes; (0, 1, 0) where they are unknown
+    rows: np.ndarray | None = None  # (n,) int32, which row of the table each one is
 
     def __len__(self):
         return len(self.lengths)
@@ -232,7 +242,9 @@ def encode_pairs(pairs, tokenizer, *, max_length, eos_id, preprocess):
     prompt_limits = [max(max_length // 2, max_length - len(response) - 1) for response in responses]
     prompts, complaints_cut = encode_prompts(tokenizer, complaints, prompt_limits)
     rows = [prompt + response + [eos_id] for prompt, response in zip(prompts, responses)]
-    cuts = Counter(complaints=complaints_cut, responses=sum(len(row) > max_length for row in rows))
+    cuts = Counter(complaints=complaints_cut, responses=sum(len(row) > max_length for row in rows),
+                   empty=sum(not response for response in responses),
+                   unasked=sum(not complaint for complaint in complaints))
     rows = [row[:max_length] for row in rows]
     return _examples(pairs, rows, [len(prompt) for prompt in prompts]), cuts
 
@@ -244,7 +256,7 @@ def encode_published(pairs, tokenizer, *, max_length, eos_id, preprocess):
     for pair in pairs:
         prompt = PROMPT.format(complaint=prepare(pair.complaint, preprocess))
         texts.append(prompt + prepare(pair.response, preprocess))
-    encoded = encode(tokenizer, texts, special=True)
+    encoded = encode_from_start(tokenizer, texts)
     rows = [(ids + [eos_id] * max_length)[:max_length] for ids in encoded]
     cuts = Counter(responses=sum(len(ids) > max_length for ids in encoded))
     return _examples(pairs, rows, [1] * len(rows)), cuts
@@ -256,20 +268,25 @@ def _examples(pairs, rows, first_target):
         ids=np.fromiter(chain.from_iterable(rows), np.int32),
         lengths=np.array([len(row) for row in rows], np.int32),
         first_target=np.array(first_target, np.int32),
-        probabilities=np.array(probabilities, np.float32).reshape(-1, 3))
+        probabilities=np.array(probabilities, np.float32).reshape(-1, 3),
+        rows=np.array([pair.row for pair in pairs], np.int32))
 
 
 def describe_cuts(cuts, pairs, max_length):
-    """A line that says how many of `pairs` pairs were cut; empty where none was."""
+    """A line that says how many of `pairs` pairs were cut, or left empty by preprocessing; "" for none."""
     if not cuts.total():
         return ""
-    return (f"  of {pairs:,} pairs {cuts['complaints']:,} complaints and {cuts['responses']:,} responses "
+    line = (f"  of {pairs:,} pairs {cuts['complaints']:,} complaints and {cuts['responses']:,} responses "
             f"were cut to fit {max_length} tokens")
+    if cuts["unasked"] or cuts["empty"]:
+        line += f"; preprocessing left nothing of {cuts['unasked']:,} complaints, {cuts['empty']:,} responses"
+    return line
 
 
 # --- the encoded table: flat files, written once, read through np.memmap ------------------------------------
 
-ARRAYS = {"ids": np.int32, "lengths": np.int32, "first_target": np.int32, "probabilities": np.float32}
+ARRAYS = {"ids": np.int32, "lengths": np.int32, "first_target": np.int32, "probabilities": np.float32,
+          "rows": np.int32}
 
 
 @dataclass
@@ -282,51 +299,75 @@ class EncodedTable:
 
 
 def encoded_table(table, tokenizer, *, reading, encoding, supervise="response", train_rows=None,
-                  validation_rows=1000, folder="runs/encoded"):
+                  validation=None, validation_rows=1000, folder="runs/encoded"):
     """The EncodedTable of a table, from a folder of flat files; they are made first where there are none.
 
     reading: arguments of tables.usable_pairs; encoding: of encode_pairs; supervise: response or row;
-    train_rows: only the first so many (None: all); validation_rows: at most so many, to choose the best step.
+    train_rows: only the first so many (None: all); validation: arguments of usable_pairs for a table of its
+    own, and then all of `table` is trained on; validation_rows: at most so many, to choose the best step.
     The folder is named after all that it is made from. It is written under another name, renamed and never
-    changed, so two makers at once are harmless, and a stale one can be deleted at any time. What was printed
+    changed; one that is damaged is made anew, and a stale one can be deleted at any time. What was printed
     when it was made is printed again.
     """
     made_from = dict(table=file_fingerprint(table), reading=reading, encoding=encoding, supervise=supervise,
                      train_rows=train_rows, validation_rows=validation_rows, prompt=PROMPT,
-                     split_rule=SPLIT_RULE, tokenizer=digest(tokenizer.to_str()))
+                     split_rule=SPLIT_RULE, tokenizer=digest(tokenizer.to_str()), validation=validation,
+                     validation_table=validation and file_fingerprint(validation["path"]))
     folder = Path(folder) / f"{Path(table).stem}-{digest(made_from)}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
-        try:
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                summary = _write_table(temporary, table, tokenizer, reading, encoding, supervise, train_rows,
-                                       validation_rows)
-            summary = json.dumps({**summary, "printed": printed.getvalue(), "made_from": made_from}, indent=1)
-            (temporary / "table.json").write_text(summary, encoding="utf-8")
-            with contextlib.suppress(OSError):  # another process was faster: its folder holds the same
-                os.rename(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    with lock(folder.with_name(f"{folder.name}.lock"), wait=True):  # a second process finds it made
+        if not (folder / "checksum").is_file() or (folder / "checksum").read_bytes() != _checksum(folder):
+            if folder.is_dir():
+                print(f"{folder} is damaged, or of another version: it is made anew")
+            for path in (folder, temporary):
+                shutil.rmtree(path, ignore_errors=True)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()) as printed:
+                    summary = _write_table(temporary, table, tokenizer, reading, encoding, supervise,
+                                           train_rows, validation, validation_rows)
+                summary = json.dumps({**summary, "printed": printed.getvalue(), "made_from": made_from})
+                with writing(folder):
+                    (temporary / "table.json").write_text(summary, encoding="utf-8")
+                    (temporary / "checksum").write_bytes(_checksum(temporary))
+                    os.rename(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     summary = json.loads((folder / "table.json").read_text(encoding="utf-8"))
     print(f"{summary['printed']}encoded: {folder}")
     return EncodedTable(_open_examples(folder / "train"), _open_examples(folder / "validation"),
                         summary["fingerprint"], summary["test_rows"])
 
 
-def _write_table(folder, table, tokenizer, reading, encoding, supervise, train_rows, validation_rows):
+def _checksum(folder):
+    """SHA-256 of its files."""
+    total = hashlib.sha256()
+    for path in [*sorted(folder.glob("*/*.bin")), *folder.glob("table.json")]:
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.digest()
+
+
+def _write_table(folder, table, tokenizer, reading, encoding, supervise, train_rows, own_validation,
+                 validation_rows):
     """Fills `folder`, ROWS_AT_ONCE rows at a time: the table's fingerprint and number of test rows."""
     encode_training = encode_published if supervise == "row" else encode_pairs
     pairs = tables.usable_pairs(table, **reading)
     fingerprint = Fingerprint()
     trained = 0
+    shared = 0
     test_rows = 0
-    validation = []
+    validation = tables.read_pairs(**own_validation) if own_validation else []
+    validated = {complaint_id(pair.complaint) for pair in validation}
     cuts = Counter()
     while part := list(islice(pairs, ROWS_AT_ONCE)):
         for pair in part:
             fingerprint.add(pair)
-        sides = split_pairs(part)
+        if own_validation:
+            sides = {"train": [pair for pair in part if complaint_id(pair.complaint) not in validated],
+                     "validation": [], "test": []}
+            shared += len(part) - len(sides["train"])
+        else:
+            sides = split_pairs(part)
         test_rows += len(sides["test"])
         validation = sample_pairs(validation + sides["validation"], validation_rows)
         train = sides["train"]
@@ -339,6 +380,12 @@ def _write_table(folder, table, tokenizer, reading, encoding, supervise, train_r
             cuts += part_cuts
     if not trained or not validation:
         raise InputError(f"{table} has too few complaints to train and validate on")
+    if cuts["empty"] == trained:
+        raise InputError(f"{table}: preprocessing leaves nothing of any response: use --preprocess none")
+    if own_validation:
+        print(f"  {shared:,} rows are not trained on: their complaints are in {own_validation['path']}")
+        for pair in validation:
+            fingerprint.add(pair)
     examples, part_cuts = encode_pairs(validation, tokenizer, **encoding)
     _append_examples(folder / "validation", examples)
     if cuts_line := describe_cuts(cuts + part_cuts, trained + len(validation), encoding["max_length"]):
@@ -347,9 +394,9 @@ def _write_table(folder, table, tokenizer, reading, encoding, supervise, train_r
 
 
 def _append_examples(folder, examples):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ARRAYS:
-        with open(folder / f"{name}.bin", "ab") as file:
+        with writing(folder / f"{name}.bin"), open(folder / f"{name}.bin", "ab") as file:
             getattr(examples, name).tofile(file)
 
 
@@ -373,7 +420,11 @@ class Batch:
 
 
 def make_batch(examples, indices, device="cpu", token_weights=None):
-    """The examples `indices`, packed. token_weights (n,): what each target of each of all n weighs."""
+    """The examples `indices`, packed; without any, a token that predicts nothing. token_weights (n,): what
+    each target of each of all n weighs."""
+    if not indices:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return Batch(nothing.new_zeros(1), [1], nothing, nothing, nothing, nothing.float())
     rows = [examples[i] for i in indices]
     first_target = examples.first_target[indices]
     lengths = examples.input_lengths[indices]

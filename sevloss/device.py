@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import sys
 from dataclasses import dataclass
 
@@ -52,9 +53,14 @@ def cpu_has_bf16():
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def choose(device="auto", dtype="auto", *, small=False):
-    """-> Compute. dtype: auto|fp32|bf16|fp16. small: a model that would not gain from 16 bits."""
+def choose(device="auto", dtype="auto", *, small=False, deterministic=False):
+    """-> Compute. dtype: auto|fp32|bf16|fp16. small: a model that would not gain from 16 bits. deterministic:
+    the same machine gives the same bits, on CUDA too; an operation that cannot is an error."""
     device = choose_device(device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # products that stay fp32 run as TF32 on tensor cores
     else:
@@ -78,10 +84,9 @@ def choose_device(name):
     """auto|cpu|cuda|cuda:N -> torch.device; InputError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    device = None
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device is auto, cpu, cuda or cuda:N, not {str(name)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -1,5 +1,4 @@
-"""Batched decoding with a KV cache: the prompts as packed sequences, then a token of each unfinished one a
-step."""
+"""Batched decoding with a KV cache: the prompts, packed, then a token of each unfinished one a step."""
 
 import hashlib
 

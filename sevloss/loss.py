@@ -3,18 +3,16 @@
     w    = a p_nc + b p_n + c p_c                                (severity_weights)
     loss = sum_i w_i * (-log softmax(logits_i)[target_i]) / denominator
 
-The file imports torch alone and is made to be pasted into any code base. MIT licence, see LICENSE. It needs
-torch 2.4; the second half, in 16 bits on CUDA, 2.10.
-
-`weighted_token_ce` takes logits. `linear_weighted_token_ce` takes the hidden states and the output embedding,
-and never holds the (tokens x vocabulary) matrix: same value, same gradients, a fraction of the memory and
-less time.
+`weighted_token_ce` takes logits. `linear_weighted_token_ce` takes hidden states and the output embedding and
+never holds the (tokens x vocabulary) matrix: same value and gradients, a fraction of the memory, less time.
 
 Weights and denominator together express every normalisation:
     mean over examples of the paper's (1/L) sum   weights w_i / L_i, denominator = examples in the step
     mean over tokens                              weights w_i,       denominator = supervised tokens in it
-With gradient accumulation, count the denominator over all micro-batches first and pass it to each call;
-gradients then add up.
+Under gradient accumulation, count the denominator over all micro-batches first and pass it to each call.
+
+The file imports torch alone (2.4; the second half, in 16 bits on CUDA, 2.10) and is made to be pasted into
+any code base. MIT licence, see LICENSE.
 """
 
 import torch
@@ -24,8 +22,7 @@ import torch.nn.functional as F
 def severity_weights(probabilities, coefficients=(0.5, 1.0, 1.5)):
     """Probabilities (..., 3) of (non-critical, neutral, critical) -> weights (...), a p_nc + b p_n + c p_c.
 
-    The coefficients (a, b, c) default to the paper's "balanced" configuration; w is not normalised, as in the
-    paper.
+    The coefficients (a, b, c) default to the paper's "balanced" ones; as in the paper, w is not normalised.
     """
     probabilities = torch.as_tensor(probabilities)
     if not probabilities.is_floating_point():
@@ -39,10 +36,10 @@ def weighted_token_ce(logits, targets, weights=None, *, denominator=None, ignore
     """sum(weights * nll) / denominator, a scalar in at least fp32.
 
     logits (..., V); targets (...), class indices or `ignore_index`; weights shaped like targets, or one per
-    row: (B,) or (B, 1) for targets (B, T). Without weights every token counts 1. denominator: a number or 0-d
+    row, (B,) or (B, 1) for targets (B, T); without them every token counts 1. denominator: a number or 0-d
     tensor; by default the number of targets that are not `ignore_index`, never the sum of the weights. Where
-    every target is ignored the loss is 0, with a graph. Raises ValueError for shapes that do not fit:
-    broadcasting (B, 1, 1) weights over (B, T) losses would give (B, B, T).
+    every target is ignored the loss is 0, with a graph. ValueError for shapes that do not fit: broadcasting
+    (B, 1, 1) weights over (B, T) losses would give (B, B, T).
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
@@ -75,8 +72,8 @@ def _check_range(targets, classes, ignore_index):
     if ignore_index is not None:
         wrong &= targets != ignore_index
     if wrong.any():
-        raise ValueError(f"target {targets[wrong][0].item()} is outside 0..{classes - 1}"
-                         + (f" and is not ignore_index {ignore_index}" if ignore_index is not None else ""))
+        target = targets[wrong][0].item()
+        raise ValueError(f"target {target} is outside 0..{classes - 1}; ignore_index is {ignore_index}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -101,8 +98,7 @@ def linear_weighted_token_ce(hidden, head_weight, targets, weights=None, *, bias
         raise ValueError("hidden must be (N, D) and head_weight (V, D), "
                          f"got {tuple(hidden.shape)} and {tuple(head_weight.shape)}")
     if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden {tuple(hidden.shape)}: "
-                         "one target a row")
+        raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden {tuple(hidden.shape)}")
     if bias is not None and bias.shape != head_weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} does not fit head_weight {tuple(head_weight.shape)}")
     weights = _token_weights(weights, targets)
@@ -132,11 +128,10 @@ def linear_weighted_token_ce(hidden, head_weight, targets, weights=None, *, bias
 
 
 def _chunk_sizes(device_type, vocabulary, dtype):
-    """-> rows of a chunk, whose logits are held at once; rows of a block of it, whose softmax is made at
-    once.
+    """-> rows of a chunk, whose logits are held at once; rows of a block, whose softmax is made at once.
 
-    On a CPU a block is to stay in the cache. Elsewhere each operation costs a launch, so blocks are large: a
-    chunk of 960 MiB and two blocks in fp32 take 1.2 GiB.
+    A CPU keeps a block in its cache. Elsewhere each operation costs a launch, so blocks are large: a chunk of
+    960 MiB and two blocks in fp32 take 1.2 GiB.
     """
     row_bytes = vocabulary * dtype.itemsize
     if device_type == "cpu":
@@ -150,19 +145,16 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
 
         d hidden = w G W / denominator,  d W = G^T (w X) / denominator
 
-    G of a chunk of rows replaces its logits in one buffer; a chunk needs three GEMMs (X W^T, G W, G^T X) and
-    is then forgotten.
+    G of a chunk of rows takes the place of its logits; three GEMMs (X W^T, G W, G^T X), and it is forgotten.
 
     Weights and denominator are kept away from what is stored in 16 bits: a weight of 1/300 over a denominator
-    of 100,000 would push fp16 below its smallest number long before a GradScaler's factor, which arrives with
-    the upstream gradient, could lift it. So G is stored without them; w joins the rows of X for dW (divided
-    by a power of two near the largest w) and the rows of d hidden in the backward pass, in fp32, as
-    1 / denominator does.
+    of 100,000 would push fp16 below its smallest number before a GradScaler's factor, which arrives with the
+    upstream gradient, could lift it. So G is stored without them; w joins the rows of X for dW (divided by a
+    power of two near the largest w) and, in fp32 in the backward pass, those of d hidden, as 1 / denominator.
     """
 
     @staticmethod
     def forward(ctx, hidden, head_weight, bias, targets, weights, denominator, dtype):
-        need_hidden, need_head, need_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(dtype, torch.float32)  # of all but the GEMMs
         x = hidden.to(dtype)  # (N, D)
         head = head_weight.to(dtype)  # (V, D)
@@ -178,11 +170,11 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
         # what is made
         nll = torch.empty_like(w)  # (N,)
         d_hidden = d_head = d_bias = None
-        if need_hidden:
+        if ctx.needs_input_grad[0]:
             d_hidden = torch.empty_like(x)  # without w
-        if need_head:
+        if ctx.needs_input_grad[1]:
             d_head = torch.zeros_like(head, dtype=wide)
-        if need_bias:
+        if ctx.needs_input_grad[2]:
             d_bias = w.new_zeros(vocabulary, 1)
 
         # buffers
@@ -220,11 +212,11 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
             # softmax -> G: p - 1 at the targets
             g = logits  # (C, V)
             g[at_target] = (torch.expm1(-nll[c]) * g_scale).to(dtype)
-            if need_hidden:
+            if d_hidden is not None:
                 torch.mm(g, head, out=d_hidden[c])
-            if need_head:
+            if d_head is not None:
                 _add_product(d_head, g.T, x_weighted[c])
-            if need_bias:
+            if d_bias is not None:
                 _add_product(d_bias, g.T, w_scaled[c].to(dtype))
 
         ctx.save_for_backward(w, d_hidden, d_head, d_bias)

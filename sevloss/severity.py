@@ -32,9 +32,10 @@ def parse_weighting(text):
         coefficients = tuple(float(part) for part in text.split(","))
     except ValueError:
         coefficients = ()
-    if len(coefficients) != 3 or not all(0 <= c < float("inf") for c in coefficients):
-        raise InputError(f"--weighting is one of {', '.join(WEIGHTINGS)}, or three numbers of at least 0 "
-                         f"such as 0.5,1,1.5; not {text!r}")
+    in_range = all(0 <= c <= 1e6 for c in coefficients) and any(coefficients)
+    if len(coefficients) != 3 or not in_range:
+        raise InputError(f"--weighting is one of {', '.join(WEIGHTINGS)}, or three numbers from 0 to 1e6 "
+                         f"such as 0.5,1,1.5, not all of them 0; not {text!r}")
     return coefficients
 
 

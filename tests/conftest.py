@@ -115,26 +115,41 @@ def write_table(tmp_path):
 
 def write_xlsx(path, rows):
     """The least that is an Excel workbook; numbers are stored as such."""
-    def cell(value):
-        if isinstance(value, float):
-            return f"<c><v>{value}</v></c>"
-        return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(value)}</t></is></c>'
+    write_workbook(path, ("a", "visible", rows, ()))
+
+
+def write_workbook(path, *sheets):
+    """sheets: (name, visible or hidden, rows, merged ranges such as "A1:A3") each; None is a cell that is not
+    there."""
     office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
     main = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
 
-    def relation(kind, target):
+    def cell(value):
+        if isinstance(value, float):
+            return f"<c><v>{value}</v></c>"
+        return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(value)}</t></is></c>' if value else "<c/>"
+
+    def relations(kind, targets):
+        each = "".join(f'<Relationship Id="r{i}" Type="{office}/{kind}" Target="{target}"/>'
+                       for i, target in enumerate(targets))
         return ('<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">'
-                f'<Relationship Id="r" Type="{office}/{kind}" Target="{target}"/></Relationships>')
-    sheet = "".join(f'<row r="{i}">{"".join(map(cell, row))}</row>' for i, row in enumerate(rows, 1))
+                f"{each}</Relationships>")
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("[Content_Types].xml",
                       '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"/>')
-        file.writestr("_rels/.rels", relation("officeDocument", "xl/workbook.xml"))
-        file.writestr("xl/_rels/workbook.xml.rels", relation("worksheet", "sheet.xml"))
+        file.writestr("_rels/.rels", relations("officeDocument", ["xl/workbook.xml"]))
+        file.writestr("xl/_rels/workbook.xml.rels",
+                      relations("worksheet", [f"sheet{i}.xml" for i in range(len(sheets))]))
+        listed = "".join(f'<sheet name="{name}" sheetId="{i + 1}" state="{state}" r:id="r{i}"/>'
+                         for i, (name, state, _, _) in enumerate(sheets))
         file.writestr("xl/workbook.xml",
-                      f'<workbook {main} xmlns:r="{office}"><sheets><sheet name="a" sheetId="1" r:id="r"/></sheets>'
-                                         "</workbook>")
-        file.writestr("xl/sheet.xml", f"<worksheet {main}><sheetData>{sheet}</sheetData></worksheet>")
+                      f'<workbook {main} xmlns:r="{office}"><sheets>{listed}</sheets></workbook>')
+        for i, (_, _, rows, merged) in enumerate(sheets):
+            lines = "".join(f'<row r="{n}">{"".join(map(cell, row))}</row>' for n, row in enumerate(rows, 1))
+            ranges = "".join(f'<mergeCell ref="{cells}"/>' for cells in merged)
+            ranges = f"<mergeCells>{ranges}</mergeCells>" if merged else ""
+            file.writestr(f"xl/sheet{i}.xml",
+                          f"<worksheet {main}><sheetData>{lines}</sheetData>{ranges}</worksheet>")
 
 
 # ------------------------------------------------------------------ a small language model

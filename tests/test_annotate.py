@@ -59,7 +59,7 @@ def table(write_table, rows):
 def read(path):
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
 
 
@@ -131,7 +131,7 @@ def test_out_of_fold_probabilities_are_used(run, table, rows, tmp_path, capsys):
     assert probabilities[0].tolist() == pytest.approx([0.1, 0.2, 0.7])
 
 
-class Stop(Exception):
+class Stop(BaseException):
     pass
 
 
@@ -198,6 +198,22 @@ def test_every_line_of_a_csv_has_the_same_columns(classifier, tmp_path, monkeypa
         ("a", "1", ""), ("b", "", "2"), ("c", "", "3"), ("d", "4", "")]
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_excel_opens_it_and_runs_nothing(classifier, tmp_path, ending):
+    """A byte-order mark, or Arabic becomes gibberish; an apostrophe before what would be a formula, which the
+    reader takes off again."""
+    cells = ["=1+1", "+نعم", "-5.5", "- اشرب", "@SUM(A1)", "-", "نعم = لا"]
+    lines = [json.dumps({"question": f"{cell} سؤال", "answer": cell}, ensure_ascii=False) for cell in cells]
+    (tmp_path / "table.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    to = tmp_path / f"out.{ending}"
+    annotate.annotate_table(classifier, tmp_path / "table.jsonl", to, {}, CPU)
+    assert to.read_bytes().startswith(b"\xef\xbb\xbf")
+    shown = ["'=1+1", "'+نعم", "-5.5", "'- اشرب", "'@SUM(A1)", "'-", "نعم = لا"]
+    assert [row["Answer"] for row in read(to)] == shown
+    again = tables.read_pairs(to, needed=("complaint",))
+    assert [(pair.complaint, pair.response) for pair in again] == [(f"{cell} سؤال", cell) for cell in cells]
+
+
 def test_targets_that_are_refused(classifier, table, tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
     with pytest.raises(InputError, match="out.jsonl exists: remove it"):
@@ -208,7 +224,7 @@ def test_targets_that_are_refused(classifier, table, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("none.csv", None, "no such file"), ("broken.xlsx", "no zip", "cannot be read as an Excel workbook"),
+    ("none.csv", None, "no such file"), ("broken.xlsx", "no zip", "BadZipFile: File is not a zip file"),
     ("columns.csv", "a,b\n1,2\n", "no column for the complaint"),
     ("empty.csv", "question,b\n,2\n", "no usable row; left out 1")])
 def test_tables_that_cannot_be_annotated_leave_nothing_behind(classifier, tmp_path, name, content, message):

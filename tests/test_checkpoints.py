@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from sevloss import InputError
 from sevloss.inputs.hub import WEIGHTS
-from sevloss.models import from_scratch, load_model, load_tokenizer, save_model
+from sevloss.models import check_causal, eos_ids, from_scratch, load_model, load_tokenizer, save_model
 
 CAUSAL = ["gpt2", "gpt2_scaled", "aragpt2", "bloom", "bloom_post", "llama", "qwen2", "qwen2_window", "qwen3",
           "lfm2"]
@@ -241,7 +241,8 @@ def test_old_configs(old_config, case):
 
 # ------------------------------------------------------------------ heads that a checkpoint lacks
 
-NEW_HEAD = "initialised, not in the checkpoint: classifier.weight, classifier.bias\n"
+NEW_HEAD = ("initialised, not in the checkpoint or for other classes: classifier.weight, "
+            "classifier.bias\n")
 
 
 def lacking(*prefixes):
@@ -274,14 +275,26 @@ def test_head_without_a_pooler_reads_the_mean(edited, tmp_path):
     assert again.architecture == "BertModel" and not hasattr(again, "classifier")
 
 
-def test_head_for_other_classes_is_initialised(golden, capsys):
-    """The 3-class head of the checkpoint serves 3 classes; for 5 a new one starts, on the pooler that is
-    there."""
-    pooler = load_model(golden / "bert").bert["pooler"]["dense"].weight
-    assert torch.equal(load_model(golden / "bert", num_labels=3).classifier.weight,
-                       load_model(golden / "bert").classifier.weight)
+def test_head_is_taken_by_the_names_of_its_classes(edited, capsys):
+    """A head for the three severities serves, whatever their order in id2label."""
+    names = ["Critical", "غير حرج", "NEUTRAL"]
+    folder = edited("bert", id2label=dict(enumerate(names)))
+    stored = load_model(folder).classifier
+    head = load_model(folder, num_labels=3).classifier
     assert capsys.readouterr().out == ""
-    model = load_model(golden / "bert", num_labels=5)
+    assert torch.equal(head.weight, stored.weight[[1, 2, 0]]) and torch.equal(head.bias, stored.bias[[1, 2, 0]])
+
+
+@pytest.mark.parametrize("labels", [{}, {"id2label": {"0": "sad", "1": "glad", "2": "critical"}},
+                                    {"id2label": {"0": "critical", "1": "neutral", "2": "critical"}}], ids=str)
+def test_head_for_other_classes_is_initialised(edited, golden, capsys, labels):
+    """For other names or another number of classes a new one starts, on the pooler that is there."""
+    pooler = load_model(golden / "bert").bert["pooler"]["dense"].weight
+    folder = edited("bert", **labels)
+    torch.manual_seed(0)
+    head = load_model(folder, num_labels=3).classifier.weight
+    assert capsys.readouterr().out == NEW_HEAD and head.std() < 0.03
+    model = load_model(folder, num_labels=5)
     assert capsys.readouterr().out == NEW_HEAD
     assert model.classifier.weight.shape == (5, 20)
     assert torch.equal(model.bert["pooler"]["dense"].weight, pooler)
@@ -311,6 +324,15 @@ def test_config_that_does_not_fit(edited, config, message):
         load_model(edited("gpt2", **config))
 
 
+@pytest.mark.parametrize("name, whole, part", [
+    ("bert", "hidden_size 20", "num_attention_heads"), ("bloom", "hidden_size 18", "n_head"),
+    ("llama", "num_attention_heads 4", "num_key_value_heads"),
+    ("lfm2", "num_attention_heads 4", "num_key_value_heads")])
+def test_heads_that_do_not_divide(edited, name, whole, part):
+    with refused(f"{whole} in config.json is not a multiple of {part} 7"):
+        load_model(edited(name, **{part: 7}))
+
+
 def test_config_without_a_size(edited):
     folder = edited("gpt2")
     (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 53}')
@@ -322,7 +344,7 @@ def test_config_without_a_size(edited):
 def test_broken_config(edited, text):
     folder = edited("gpt2")
     (folder / "config.json").write_text(text)
-    with refused("config.json cannot be read as JSON"):
+    with refused("config.json cannot be used ("):
         load_model(folder)
 
 
@@ -373,6 +395,80 @@ def test_untied_head_may_not_be_missing(edited):
 def test_surplus_tensor(edited, surplus):
     with refused(f"holds 1 tensors that a gpt2 of its config.json has no place for: {surplus}"):
         load_model(edited("gpt2", lambda tensors: tensors | {surplus: torch.zeros(3)}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.model."])
+def test_a_prefix_of_all_names_does_not_count(edited, golden, family, prefix):
+    """As DataParallel, torch.compile and Lightning put it."""
+    folder = edited(family, lambda tensors: {prefix + name: t for name, t in tensors.items()})
+    for a, b in zip(load_model(folder).parameters(), load_model(golden / family).parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("wrap", [lambda t: {"state_dict": t, "epoch": 3}, lambda t: {"model_state_dict": t},
+                                  lambda t: {"model": t, "optimizer": {"state": {0: t}, "groups": []}}])
+def test_tensors_inside_a_training_state(edited, golden, wrap):
+    folder = edited("gpt2")
+    torch.save(wrap(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for a, b in zip(load_model(folder).parameters(), load_model(golden / "gpt2").parameters()):
+        assert torch.equal(a, b)
+
+
+def test_quantized_weights_are_called_so(edited):
+    with refused("holds quantized weights (its config.json has a quantization_config)"):
+        load_model(edited("gpt2", lambda tensors: {}, quantization_config={"load_in_4bit": True}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(edited, value):
+    def spoil(tensors):
+        tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = value
+        return tensors
+    with refused("transformer.h.1.mlp.c_fc.weight has a value that is no number or infinite"):
+        load_model(edited("gpt2", spoil))
+
+
+def test_a_million_layers(edited):
+    with refused("gives n_layer as 1,000,000: at most 1,000 blocks are built"):
+        load_model(edited("gpt2", n_layer=10 ** 6))
+
+
+@pytest.mark.parametrize("config, generation, token, ids", [
+    (3, {"eos_token_id": [4, 3]}, None, (3, 4)), ([5, 3], {"eos_token_id": 4}, None, (5, 3, 4)),
+    (None, {"eos_token_id": 7}, "a", (7,)), (None, None, "a", (1,)), (None, None, {"content": "a"}, (1,)),
+    (None, {}, "absent", ()), (0, None, None, (0,))])
+def test_what_ends_a_text(edited, config, generation, token, ids):
+    """config.json and generation_config.json together, the tokenizer where both are silent."""
+    folder = edited("gpt2", eos_token_id=config)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    Tokenizer(models.WordLevel({"b": 0, "a": 1})).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    model = load_model(folder)
+    assert eos_ids(model) == ids
+    if not ids:
+        with refused("has no end-of-text token: its config.json must give eos_token_id"):
+            check_causal(model, folder)
+
+
+def test_an_encoder_writes_no_texts(golden):
+    with refused("is no causal language model but an encoder"):
+        check_causal(load_model(golden / "bert"), "bert")
+
+
+@pytest.mark.parametrize("change", [
+    {"normalizer": {"type": "Sequence", "normalizers":
+                    [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}},
+    {"post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 1000,
+                        "pair": [], "special_tokens": {}}}], ids=["normalizer", "template"])
+def test_a_tokenizer_that_multiplies_its_input(tmp_path, change):
+    (tmp_path / "config.json").write_text("{}")
+    tokenizer = json.loads(small_tokenizer().to_str()) | change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with refused("it makes a text ten times longer, or more"):
+        load_tokenizer(tmp_path)
 
 
 def test_misshapen_tensor(edited):
@@ -450,8 +546,8 @@ def test_code_in_a_folder_is_not_run(edited, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3, "model": {"wte.weight": torch.zeros(2)}}],
-                         ids=["list", "training state"])
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"a": {"b": torch.zeros(2)}, "c": {"d": torch.zeros(2)}}],
+                         ids=["list", "numbers", "two models"])
 def test_bin_that_is_no_state_dict(edited, content):
     folder = edited("gpt2")
     (folder / "model.safetensors").unlink()
@@ -488,14 +584,14 @@ def test_shards(edited):
 def test_no_config(edited):
     folder = edited("gpt2")
     (folder / "config.json").unlink()
-    with refused(f"the checkpoint {folder} has no config.json or adapter_config.json: complete"):
+    with refused(f"the checkpoint {folder} has no config.json: complete"):
         load_model(folder)
 
 
 @pytest.mark.parametrize("message, names", [
     ("is neither a folder, nor a hub id like owner/name, nor one of aragpt2-base, ",
-     ["aragpt3", "./runs/1", "/no/such/folder"]),
-    ("is neither a folder nor a valid hub id", ["runs/1/best", "a b/c"]),
+     ["aragpt3", "./runs/1", "/no/such/folder", "tests/typo", "..\\typo", "~/typo"]),
+    ("is neither a folder nor a valid hub id", ["no-folder/1/best", "a b/c"]),
 ])
 def test_unknown_name(message, names):
     """Known from its form alone: no connection is tried."""
@@ -552,7 +648,7 @@ def test_tokenizer_neither_pads_nor_truncates(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"version": "1.0", "model": {"type": "Magic"}}'])
 def test_broken_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
-    with refused("tokenizer.json cannot be read as a tokenizer"):
+    with refused("tokenizer.json cannot be used ("):
         load_tokenizer(tmp_path)
 
 
@@ -569,7 +665,7 @@ def test_tokenizer_larger_than_the_embedding(edited, family, size):
     Tokenizer(models.WordLevel({"a": 0, "b": size - 1})).save(str(folder / "tokenizer.json"))
     load_tokenizer(folder)
     Tokenizer(models.WordLevel({"a": 0, "b": size})).save(str(folder / "tokenizer.json"))
-    with refused(f"the tokenizer has {size + 1} tokens, the model {size}: take the tokenizer that"):
+    with refused(f"the tokenizer has {size + 1} tokens, 'b' last, the model {size}: take the tokenizer that"):
         load_tokenizer(folder)
 
 
@@ -624,16 +720,16 @@ def test_tokens_of_arabert_stay_whole(old_tokenizer):
 @pytest.mark.parametrize("case, other, message", [
     ("qwen2", {"config.json": {"model_type": "llama"}},
      "vocab.json of a llama is not read: get a tokenizer.json"),
-    ("gpt2, nothing said", {"vocab.json": '{"a": 0'}, "vocab.json cannot be read as a tokenizer: "),
+    ("gpt2, nothing said", {"vocab.json": '{"a": 0'}, "vocab.json cannot be used ("),
     ("gpt2, nothing said", {"merges.txt": "#version: 0.2\nq q\n"},
-     "vocab.json cannot be read as a tokenizer: Error while initializing"),
-    ("gpt2, nothing said", {"tokenizer_config.json": "{"}, "tokenizer_config.json cannot be read as JSON"),
+     "vocab.json cannot be used (Exception: Error while initializing"),
+    ("gpt2, nothing said", {"tokenizer_config.json": "{"}, "tokenizer_config.json cannot be used ("),
     ("dialect-ar-gpt-2021", {"added_tokens.json": {"[MSA]": 64_000}},
      "makes the added token [MSA] 420, but it is to be 64000: get"),
     ("bert, nothing said", {"vocab.txt": "[PAD]\n[UNK]\n[SEP]\nألم\n"},
      "vocab.txt has no [CLS], so it is no vocabulary of a BERT"),
     ("bert, nothing said", {"vocab.txt": "ألم".encode("utf-16")},
-     "vocab.txt cannot be read as a tokenizer: 'utf-8' codec can't decode"),
+     "vocab.txt cannot be used (UnicodeDecodeError: 'utf-8' codec can't decode"),
 ], ids=["family", "broken vocabulary", "merges of another", "broken config", "added tokens of another",
         "no CLS", "no text"])
 def test_old_tokenizer_that_cannot_be_used(old_tokenizer, case, other, message):
@@ -913,7 +1009,7 @@ def test_hub(edited, golden, tmp_path):
         *loaded,
         "there is no folder someone/typo, and the hub has no repository someone/typo "
         "(or it is private: run `hf auth login`)",
-        "the checkpoint someone/no-model has no config.json or adapter_config.json: "
+        "the checkpoint someone/no-model has no config.json: "
         "complete its download, or take another checkpoint",
         f"the checkpoint someone/no-weights has no {' or '.join(WEIGHTS)}: "
         "complete its download, or take another checkpoint",

@@ -1,8 +1,11 @@
 """Splits, fingerprints, token ids, the encoded table, batches: what is cut, and where the supervised tokens
 lie."""
 
+import threading
+
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 
 from sevloss import InputError, data
 from sevloss.inputs import tables
@@ -209,17 +212,23 @@ def test_other_prompt_or_split_rule_is_another_encoded_table(open_table, monkeyp
     assert open_table()[1] == 1
 
 
-def test_two_makers_at_once_are_harmless(open_table, monkeypatch, tmp_path):
-    """The second one finds that the first has finished in between, and takes its folder."""
+def test_of_two_makers_at_once_the_second_waits(open_table, monkeypatch, tmp_path):
+    """And finds the folder made."""
     write = data._write_table
+    second = threading.Thread(target=open_table)
+    made = []
 
     def slower(*arguments):
-        monkeypatch.setattr(data, "_write_table", write)
-        open_table()
+        made.append(arguments)
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()
         return write(*arguments)
     monkeypatch.setattr(data, "_write_table", slower)
-    encoded, made = open_table()
-    assert made == 1 and len(encoded.train) > 50 and len(list(tmp_path.glob("encoded/*"))) == 1
+    encoded, _ = open_table()
+    second.join(20)
+    assert len(made) == 1 and not second.is_alive()
+    assert len(encoded.train) > 50 and len(list(tmp_path.glob("encoded/*"))) == 1
 
 
 def test_nothing_is_left_of_a_table_that_cannot_be_read(open_table, tmp_path):
@@ -284,3 +293,34 @@ def test_micro_batches(most):
 def test_pack():
     tokens, lengths = data.pack([[1, 2], [3]])
     assert (tokens.tolist(), lengths) == ([1, 2, 3], [2, 1])
+
+
+def test_a_prompt_has_no_end_of_text_behind_it(tiny):
+    """Of what a tokenizer adds, what comes before a text stays; a model that saw EOS before each response would
+    be taught to begin after it."""
+    tokenizer = Tokenizer.from_str(tiny[1].to_str())
+    eos = tokenizer.token_to_id("<|endoftext|>")
+    plain = data.encode_prompts(tokenizer, ["عندي صداع"], 99)[0][0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", eos)])
+    for longest in (99, len(plain) - 1):
+        prompt, = data.encode_prompts(tokenizer, ["عندي صداع"], longest)[0]
+        assert prompt[0] == eos and eos not in prompt[1:] and len(prompt) <= longest
+    assert data.encode_prompts(tokenizer, ["عندي صداع"], 99)[0] == [[eos] + plain]
+
+
+def test_a_validation_table_of_its_own(write_table, rows, tiny, tmp_path, capsys):
+    """All of the table is trained on but for complaints that both have; a change of either is noticed."""
+    train = write_table("train.jsonl", rows[:60])
+    validation = write_table("validation.jsonl", rows[55:90])
+    reading = dict(needed=("complaint", "response"), probabilities="required", columns={})
+
+    def make():
+        return data.encoded_table(
+            train, tiny[1], reading=reading, encoding=dict(max_length=99, eos_id=0, preprocess="none"),
+            validation=dict(path=str(validation), needed=reading["needed"]), folder=tmp_path / "encoded")
+    table = make()
+    assert (len(table.train), len(table.validation), table.test_rows) == (55, 35, 0)
+    assert f"5 rows are not trained on: their complaints are in {validation}" in capsys.readouterr().out
+    write_table("validation.jsonl", rows[55:89])
+    assert len(make().validation) == 34 and make().fingerprint != table.fingerprint

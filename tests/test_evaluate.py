@@ -135,7 +135,8 @@ def asked(monkeypatch):
     asked, generate = [], evaluate.generate
 
     def listening(model, prompts, **options):
-        asked.append(prompts)
+        if options["max_new_tokens"]:
+            asked.append(prompts)
         return generate(model, prompts, **options)
     monkeypatch.setattr(evaluate, "generate", listening)
     return asked
@@ -679,8 +680,8 @@ REFUSED = [
     ("{here}/rule", "was made with split rule"),
     ("{here}/rule/merged", "was made with split rule"),
     ("{here}/nowhere", "is neither a folder"),
-    ("{here}/broken --data {table}", "cannot be read as JSON"),
-    ("{here}/torn", "cannot be read as JSON"),
+    ("{here}/broken --data {table}", "cannot be used"),
+    ("{here}/torn", "cannot be used"),
     ("{bert} --data {table}", "is no causal language model"),
     ("{run} --max-new-tokens 257", "leaves too little of 512 tokens for the complaint: 256 at most"),
     ("{run} --max-length 14", "leaves too little of 14 tokens"),
@@ -691,8 +692,8 @@ REFUSED = [
     ("{run} --columns specialty", "ROLE=COLUMN"),
     ("{run} --data {here}/nowhere.csv", "no such file"),
     ("{run} --data {few}", "none of its complaints falls into the test split"),
-    ("{run} --split all", "--split all would score what it has seen"),
-    ("{run} --split all --data {copied}", "--split all would score what it has seen"),
+    ("{run} --split all", "would score what it has seen"),
+    ("{run} --split all --data {copied}", "would score what it has seen"),
     ("{answers} {here}/other.jsonl", "evaluated with different max_new_tokens: 8 and 7"),
     ("{answers} {here}/references.jsonl",
      "evaluated with different rows or references: evaluate both in one call"),
@@ -701,11 +702,11 @@ REFUSED = [
      "evaluated with different temperature: 0.0 and 0.5"),
     ("{here}/rows.jsonl", "is not finished"),
     ("{here}/empty.jsonl", "is not finished"),
-    ("{here}/headless.jsonl", "is no answers file of evaluate.py, or has lost its first line"),
-    ("{here}/half.jsonl", "cannot be read as JSON"),
-    ("{here}/text.jsonl", "cannot be read as JSON"),
-    ("{run}/model.safetensors", "cannot be read as JSON"),
-    ("{table}", "is no answers file of evaluate.py"),
+    ("{here}/headless.jsonl", "it has lost its first line: remove it and call again"),
+    ("{here}/half.jsonl", "cannot be used"),
+    ("{here}/text.jsonl", "cannot be used"),
+    ("{run}/model.safetensors", "cannot be used"),
+    ("{table}", "if evaluate.py wrote it, it has lost its first line"),
 ]
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from sevloss import InputError
-from sevloss.models import load_model, lora, save_model
+from sevloss.models import load_model, load_tokenizer, lora, save_model
 
 
 @pytest.fixture
@@ -142,8 +142,8 @@ def test_dropout_acts_on_the_adapters_alone(adapted):
     (dict(r=4), "lora_A.weight has shape (3, 20), the base asks for (4, 20)"),
     (dict(target_modules=["c_attn"]), "the adapters do not fit the base"),
     (dict(target_modules=["q_proj"]), "no linear layers called 'q_proj'; it has c_attn, c_fc, c_proj"),
-    (dict(target_modules="all-linear"), "must give r, lora_alpha and a list target_modules"),
-    (dict(base_model_name_or_path=None), "it must be a whole model"),
+    (dict(target_modules="all-linear"), "no linear layers called 'all-linear'; it has c_attn, c_fc, c_proj"),
+    (dict(base_model_name_or_path=None), "adapter_config.json cannot be used (TypeError"),
 ], ids=str)
 def test_adapters_that_do_not_fit(from_peft, settings, message):
     with pytest.raises(InputError) as caught:
@@ -156,3 +156,65 @@ def test_an_embedding_is_no_target(golden):
     with pytest.raises(InputError, match="no linear layers called 'wte'"):
         lora.attach(model, 2, alpha=4.0, targets=["wte"])
     assert all(p.requires_grad for p in model.parameters())  # nothing was frozen
+
+
+@pytest.mark.parametrize("settings", [
+    {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"use_rslora": True}, {"bias": "lora_only"},
+    {"lora_bias": True}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"h.0": 8}}, {"revision": "v2"},
+    {"trainable_token_indices": [1]}, {"layers_to_transform": 0}, {"layer_replication": [[0, 1]]},
+    {"peft_type": "LOHA"}, {"invented_next_year": 1}], ids=str)
+def test_a_setting_that_is_not_known_is_refused_by_name(from_peft, settings):
+    """Ignored, it would give other logits without a word."""
+    with pytest.raises(InputError, match=f"adapters with {next(iter(settings))} .* are not known"):
+        load_model(from_peft("gpt2", **settings))
+
+
+def test_a_setting_that_is_off_changes_nothing(from_peft):
+    off = dict(invented_next_year=None, use_new=False, pattern={}, modules=[], bias="none", peft_version="9",
+               init_lora_weights="gaussian", revision="main", runtime_config={"a": 1}, inference_mode=False)
+    load_model(from_peft("gpt2", **off))
+
+
+@torch.no_grad()
+def test_targets_as_in_peft(golden, from_peft, tmp_path):
+    """A string is a regular expression for whole names; exclude_modules takes some away."""
+    folder = from_peft("gpt2")
+    plain = load_model(folder)(torch.arange(9), [9])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    targets = config["target_modules"]
+    others = sorted({"c_attn", "c_fc", "c_proj"} - set(targets))
+    for change in ({"target_modules": rf"transformer\.h\.\d\.(attn|mlp)\.({'|'.join(targets)})"},
+                   {"target_modules": [*targets, *others], "exclude_modules": others},
+                   {"target_modules": ".*", "exclude_modules": rf".*\.({'|'.join(others)})"}):
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        assert torch.equal(load_model(folder)(torch.arange(9), [9]), plain), change
+
+
+@torch.no_grad()
+def test_an_adapter_on_an_adapter(adapted, golden, tmp_path):
+    """What is found by one resolver: the adapters, one after the other, then the base; tokenizer and
+    configuration come from the first that has them."""
+    first = adapted()
+    save_model(first, Tokenizer(models.BPE()), tmp_path / "first")
+    second = load_model(tmp_path / "first")
+    assert second.base == str(tmp_path / "first")
+    lora.attach(second, 2, alpha=4.0)
+    for layer in lora.layers(second).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
+    save_model(second, Tokenizer(models.BPE()), tmp_path / "second")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "second" / name).unlink()
+    assert_same(load_model(tmp_path / "second")(torch.arange(9), [9]), second(torch.arange(9), [9]))
+    assert load_tokenizer(tmp_path / "second").get_vocab() == {}
+
+
+@pytest.mark.parametrize("base, message", [
+    ("/home/someone/base", "is neither a folder.*adapter_config.json names it as the base: correct"),
+    ("{folder}", "names itself as its base"), (5, "adapter_config.json cannot be used .TypeError")])
+def test_a_base_that_is_not_there(from_peft, base, message):
+    folder = from_peft("gpt2")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder) if base == "{folder}" else base
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        load_model(folder)

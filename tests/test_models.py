@@ -216,6 +216,17 @@ def test_q_and_k_get_the_dtype_of_v(golden, name, monkeypatch):
     assert {t.dtype for pair in cache.buffers.values() for t in pair} == {torch.bfloat16}
 
 
+@torch.no_grad()
+def test_autocast_does_not_round_the_weight_of_a_norm():
+    """Those of q and k get 16 bits from a linear layer; in them 1.001 is 1."""
+    norm = RMSNorm(8, eps=1e-6)
+    norm.weight.fill_(1.001)
+    x = torch.randn(5, 8, dtype=torch.bfloat16)
+    exact = 1.001 * x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(norm(x).double(), exact, rtol=1e-5, atol=0)
+
+
 # ------------------------------------------------------------------ packed sequences
 
 @pytest.mark.parametrize("name", ALL)

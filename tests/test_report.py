@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from page import Page, assert_links_lead_to_sections, assert_needs_nothing
 
 from sevloss.evaluation import findings, report
 from sevloss.evaluation.findings import Answer, Answers
 from sevloss.evaluation.report import write_evaluation
+from sevloss.page import picture
 from sevloss.severity import CLASSES
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.jsonl"
@@ -132,6 +134,13 @@ def test_texts_are_not_markup(page_of):
     assert page.arabic.count((hostile, True)) == 25 * 4
     assert " ".join(hostile.split()) in page.texts  # a note
     assert_needs_nothing(text, [])
+
+
+def test_a_dollar_in_a_picture_is_no_formula(tmp_path):
+    """matplotlib would refuse to draw a run whose name looks like one."""
+    figure = Figure()
+    figure.suptitle(r"cost$\frac$")
+    assert picture(figure, "title", tmp_path / "a.png").source.startswith("data:image/png")
 
 
 def test_numbers_are_those_of_the_json(written, evaluation):

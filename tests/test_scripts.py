@@ -357,7 +357,7 @@ def shapes_of_linears(run):
 
 # ------------------------------------------------------------------ finetune.py: stopping and going on
 
-class Stop(Exception):
+class Stop(BaseException):
     pass
 
 
@@ -466,16 +466,16 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
     refused("changed: --lr was 0.002, is 0.01", "--lr", 0.01)
     refused("changed: --weighting was balanced, is mild", "--weighting", "mild")
     refused("changed: --data was", "--data", write_table("copy.jsonl", rows))
-    refused("is broken; start a new run",
+    refused("cannot be used: its checksum is another; start a new run from its model",
             change=lambda: (run / "state" / "training.pt").write_bytes(b"half a file"))
-    refused("was stopped before its first save", change=lambda: shutil.rmtree(run / "state"))
+    refused("holds no state to go on with", change=lambda: shutil.rmtree(run / "state"))
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").unlink())
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").write_text("{}\n"))
-    refused("cannot be read as JSON", change=lambda: (run / "run.json").write_text('{"script": "finet'))
+    refused("run.json cannot be used", change=lambda: (run / "run.json").write_text('{"script": "finet'))
     before = json.loads((base / "run.json").read_text())
     refused("is no run of finetune.py", change=lambda: (run / "run.json").write_text(json.dumps(before
                                                                                                 | {"script": "a.py"})))
-    refused("holds no run", change=lambda: (run / "run.json").unlink())
+    refused("cannot be read as JSON", change=lambda: (run / "run.json").unlink())
     refused("is a run of an older version", change=lambda: (run / "best").mkdir())
     refused("was made with split rule 1", change=lambda: (run / "run.json").write_text(json.dumps(before
                                                                                                   | {"split_rule": 1})))
@@ -653,7 +653,9 @@ def test_answers_with_unicode_line_separators(tmp_path):
 def bad(folder, tmp_path, table, base, classifier, write_table, rows):
     """name -> path, to stand in for {name} in the arguments below"""
     (tmp_path / "empty").mkdir()
-    return dict(
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").touch()
+    return dict(other=tmp_path / "other",
         table=table, base=base, classifier=classifier, empty=tmp_path / "empty", new=tmp_path / "new",
         nowhere=tmp_path / "nowhere",
         columns=write_table("columns.csv", [{"question": "a", "reply": "b"}]),
@@ -675,7 +677,7 @@ REFUSED = [
     (finetune, "--data {table} --ckpt {classifier}", "is no causal language model"),
     (finetune, "--data {table} --classifier {base}", "is no run of train_classifier.py"),
     (finetune, "--data {table} --resume", "--resume needs the run folder"),
-    (finetune, "--data {table} --resume --out {nowhere}", "holds no run"),
+    (finetune, "--data {table} --resume --out {other}", "holds no state to go on with"),
     (finetune, "--data {table} --out {base}", "exists and is not empty"),
     (finetune, "--data {table} --lr 0", "--lr must be positive"),
     (finetune, "--data {table} --batch-size -1", "--batch-size must be positive"),
@@ -716,9 +718,11 @@ def test_default_runs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("finetune-001", "finetune-007", "finetune-x", "classifier-009"):
         Path("runs", name).mkdir(parents=True)
-    assert checkpoint.new_run(None, "finetune", False) == Path("runs/finetune-008")
-    assert checkpoint.new_run(Path("runs/finetune-001"), "finetune",
-                              False) == Path("runs/finetune-001")  # empty: taken
+    with checkpoint.open_run(None, "finetune") as run:
+        assert run == Path("runs/finetune-008") and run.is_dir()
+    assert not run.exists()  # nothing has come into it
+    with checkpoint.open_run("runs/finetune-001", "finetune") as run:  # empty: taken
+        assert run == Path("runs/finetune-001")
 
 
 def test_a_file_is_the_old_or_the_new_one(tmp_path):

@@ -18,9 +18,9 @@ def test_weightings_are_the_papers():
 def test_parse_weighting():
     assert severity.parse_weighting("strong") == (0.25, 1, 1.75)
     assert severity.parse_weighting("0, .5,2") == (0, 0.5, 2)
-    for text in ("hard", "", "1,2", "1,2,3,4", "1,2,x", "1,2,-1", "1,2,nan", "1,2,inf"):
+    for text in ("hard", "", "1,2", "1,2,3,4", "1,2,x", "1,2,-1", "1,2,nan", "1,2,inf", "1e39,1,1"):
         with pytest.raises(InputError,
-                           match="one of none, mild, balanced, strong, or three numbers of at least 0"):
+                           match="one of none, mild, balanced, strong, or three numbers from 0 to 1e6"):
             severity.parse_weighting(text)
 
 

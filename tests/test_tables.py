@@ -1,9 +1,12 @@
 """Tables: what is read, what is left out, and why."""
 
 import json
+import time
+import zipfile
 from collections import Counter
 
 import pytest
+from conftest import write_workbook
 
 from sevloss import InputError, data
 from sevloss.inputs import tables
@@ -119,7 +122,7 @@ BAD = {  # what is changed in a good row -> reason
     "without a severity": {"Severity": ""},
     "with a severity other than non-critical, neutral, critical": {"Severity": "عاجل"},
     "without probabilities": {"Non-Critical": "", "Neutral": "", "Critical": ""},
-    "with a probability that is no number": {"Neutral": "40%"},
+    "with a probability that is no number like 0.7 (without %)": {"Neutral": "40%"},
     "with a probability that is negative or NaN": {"Neutral": "nan"},
     "with probabilities that do not sum to 1": {"Neutral": "0.6"},
 }
@@ -195,26 +198,24 @@ def test_probabilities_are_made_to_sum_to_1(write_table):
 
 BROKEN = {  # file -> (content, message)
     "missing.csv": (None, "no such file"),
-    "table.parquet": (b"PAR1", "a table is one of .jsonl, .csv, .tsv, .xlsx, not .parquet"),
+    "table.parquet": (b"PAR1", "a table is one of .jsonl, .json, .csv, .tsv, .xlsx, not .parquet"),
     "table": (b"question,answer", "not a file without an ending"),
     "empty.csv": (b"", "has no rows"),
-    "header.csv": (b"question,answer\n", "has no rows"),
+    "header.csv": (b"question,answer\n", "has no usable row"),
     "columns.csv": (b"q1,answer\na,b\n",
                     "no column for the complaint; it has q1, answer. Name one: --columns complaint=COLUMN"),
-    "all.csv": (b"title\na,b\nc,d\n", "all rows have more cells than the header"),
-    "two_of_three.csv": (b"question,answer,neutral,critical\na,b,1,0\n",
-                         "some but not all of the columns non_critical, neutral, critical"),
+    "all.csv": (b"question,answer\na,b,c\n", "has no usable row; left out 1 rows: 1 with more cells than"),
     "encoding.csv": ("question,answer\nصداع,نم\n".encode("cp1256"),
                      "is not UTF-8 .byte 16 of a block is 0xd5.: .* iconv -f WINDOWS-1256"),
     "encoding.jsonl": ('{"question": "صداع"}'.encode("cp1256"), "is not UTF-8"),
     "line.jsonl": (b'{"question": "a", "answer": "b"}\n{"question": "a"\n', "line 2 is not JSON"),
-    "list.jsonl": (b"[1, 2]\n", "line 1 is not a JSON object"),
-    "workbook.xlsx": (b"no zip", "cannot be read as an Excel workbook: "),
+    "list.jsonl": (b"[1, 2]\n", "element 1 is not a JSON object"),
+    "workbook.xlsx": (b"no zip", "cannot be used .BadZipFile: File is not a zip file.; save it anew"),
     "quote.csv": (b'question,answer\na,b\n"c,d\ne,f\n',
-                  "below row 2: .*; quote marks inside a cell must be doubled"),
+                  "from row 3 on: .*; quote marks inside a cell must be doubled"),
     "late.csv": (b"question,answer\n" + b"a,b\n" * 9000 + "صداع,نم\n".encode("cp1256"), "is not UTF-8"),
     "unusable.csv": (b"question,answer\na,\n,b\n",
-                     "no usable row; left out 2 rows: 1 without a response .row 2.; 1 without a complaint"),
+                     "has no usable row; left out 2 rows: 1 without a response .row 2.; 1 without a complaint"),
 }
 
 
@@ -251,3 +252,139 @@ def test_lists_and_lone_symbols_are_no_text(tmp_path):
     table.write_text("".join(json.dumps({"question": "سؤال", "answer": a}) + "\n" for a in answers),
                      encoding="utf-8")
     assert [pair.row for pair in read(table)] == [1]
+
+
+# ------------------------------------------------------------------ files as people have them
+
+QA = [["Question", "Answer"], ["عندي صداع", "نم جيدا"], ["عندي سعال", "اشرب ماء"]]
+TEXTS = [("عندي صداع", "نم جيدا"), ("عندي سعال", "اشرب ماء")]
+ROWS = [dict(zip(QA[0], row)) for row in QA[1:]]
+
+
+def separated(delimiter, before=""):
+    return before + "".join(delimiter.join(row) + "\n" for row in QA)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("semicolon.csv", separated(";").encode()), ("tab.csv", separated("\t").encode()),
+    ("comma.tsv", separated(",").encode()), ("said.csv", separated(";", "sep=;\n").encode()),
+    ("quoted.csv", '"Question";"Answer"\n"عندي صداع";"نم جيدا"\n"عندي سعال";"اشرب ماء"\n'.encode()),
+    ("excel.tsv", separated("\t").encode("utf-16")), ("big_endian.csv", separated(",", "\ufeff").encode("utf-16-be")),
+    ("array.jsonl", json.dumps(ROWS, indent=1).encode()), ("array.json", json.dumps(ROWS).encode()),
+    ("lines.json", "\n".join(map(json.dumps, ROWS)).encode()), ("blank.csv", separated(",", "\n,\n\n").encode()),
+])
+def test_dialects(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert [(p.complaint, p.response) for p in read(tmp_path / name)] == TEXTS
+
+
+@pytest.mark.parametrize("content, message", [
+    (separated(",").encode("utf-16-le"), "looks like UTF-16 without a byte-order mark"),
+    (b"PK\x03\x04", "is a zip archive: unpack it"), (b"\x1f\x8b\x08", "is compressed: unpack it with gunzip"),
+    (b"\xff\xfea", "is not UTF-16"),
+])
+def test_advice_fits_the_bytes(tmp_path, content, message):
+    (tmp_path / "table.csv").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize("complaint, response", [
+    ("Question\u200f", "\u200eAnswer"), ("\ufeffquestion", "AN\u00adSWER"), ("Q\u00a0body", "a‑body"),
+    ("السـؤال", "الإِجابة"), ("السؤال", "ا\u0644إ\u062c\u0627\u0628ة")])
+def test_a_name_is_the_same_in_any_spelling(write_table, complaint, response):
+    """Invisible marks, diacritics, tatweel, kinds of spaces and hyphens do not count, here and in --columns."""
+    table = write_table("table.jsonl", [{complaint: "صداع", response: "نم"}])
+    assert [(p.complaint, p.response) for p in read(table)] == [("صداع", "نم")]
+    table = write_table("other.jsonl", [{"My Text": "صداع", "answer": "نم", "my text": "لا"}])
+    assert read(table, complaint="MY-TEXT\u200f")[0].complaint == "صداع"
+    assert read(table, complaint="my text")[0].complaint == "لا"
+
+
+@pytest.mark.parametrize("text, index", [("حَرِج\u200f", 2), ("مـتـوسـط", 1), ("غير\u00a0حرجة", 0),
+                                         ("Non–Critical ", 0), ("حرجة", 2)])
+def test_a_label_is_the_same_in_any_spelling(write_table, text, index):
+    assert read(write_table("table.jsonl", [{**GOOD, "Severity": text}]))[0].severity == index
+
+
+@pytest.mark.parametrize("numbers", ["٠٫٧ ٠٫٢ ٠٫١", "0,7 0,2 0,1", "٠.٧ ٠.٢ ٠.١", ".7 .2 1e-1"])
+def test_numbers_in_any_spelling(write_table, numbers):
+    row = GOOD | dict(zip(("Non-Critical", "Neutral", "Critical"), numbers.split()))
+    assert read(write_table("table.tsv", [row]))[0].probabilities == pytest.approx((0.7, 0.2, 0.1))
+
+
+def test_a_lone_probability_matters_only_where_it_is_needed(write_table):
+    table = write_table("table.csv", [{"question": "صداع", "answer": "نم", "Critical": "1"}])
+    for mode in ("optional", "if present"):
+        assert read(table, BOTH, mode)[0].others == {"Critical": "1"}
+    for mode, given in (("required", {}), ("optional", {"critical": "Critical"})):
+        with pytest.raises(InputError, match="some but not all of the columns non_critical, neutral, critical"):
+            read(table, BOTH, mode, **given)
+
+
+def test_words_for_no_value(tmp_path):
+    table = tmp_path / "table.jsonl"
+    cells = ["NaN", "Infinity", "1e999", "null", '"nan"', '"None"', '"N/A"', '"NULL"', '"لا"']
+    table.write_text("".join(f'{{"question": "سؤال", "answer": {cell}}}\n' for cell in cells), encoding="utf-8")
+    assert [pair.row for pair in read(table)] == [9]
+
+
+def test_the_first_visible_sheet_with_the_roles(tmp_path, capsys):
+    table = tmp_path / "table.xlsx"
+    notes = ("notes", "visible", [["How it was made"]], ())
+    write_workbook(table, ("old", "hidden", [*QA, ["قديم", "قديم"]], ()), notes,
+                   ("data", "visible", [[None], [None, None], *QA], ()), ("more", "visible", QA, ()))
+    assert [(p.row, p.complaint, p.response) for p in read(table)] == [(4, *TEXTS[0]), (5, *TEXTS[1])]
+    assert "sheet 'data', header in row 3: complaint = 'Question'" in capsys.readouterr().out
+    write_workbook(table, ("old", "hidden", QA, ()), notes)
+    with pytest.raises(InputError, match="sheet 'notes', header in row 1 has no column for the complaint; it has How it was"):
+        read(table)
+    write_workbook(table, ("old", "hidden", QA, ()))
+    with pytest.raises(InputError, match="no sheet that is not hidden"):
+        read(table)
+
+
+def test_a_merged_cell_is_the_value_of_all_its_rows(tmp_path):
+    rows = [[None, "Severity", "Question"], [None, "neutral", "أ"], [None, None, "ب"], [None, "critical", "ج"],
+            [None, None, "د"], [None, None, "ه"]]
+    write_workbook(tmp_path / "table.xlsx", ("a", "visible", rows, ["B2:B3", "B4:B5"]))
+    assert [p.severity for p in read(tmp_path / "table.xlsx", ("complaint",))] == [1, 1, 2, 2, None]
+
+
+# ------------------------------------------------------------------ sizes
+
+def test_long_cells_are_cut_and_counted(write_table, capsys):
+    marks = "".join(map(chr, range(0x300, 0x36f))) * 9000
+    table = write_table("table.csv", [{"question": "س" + marks, "answer": "نم"}])
+    began = time.perf_counter()
+    pairs = tables.read_pairs(table, needed=BOTH, columns=dict(complaint="question", response="answer"))
+    data.complaint_id(pairs[0].complaint)
+    assert len(pairs[0].complaint) == tables.LONGEST_CELL and time.perf_counter() - began < 5
+    assert "1 with a cell cut to 32,767 characters (row 2)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_too_many_columns(write_table, ending):
+    row = {f"c{i}": "1" for i in range(100_000)}
+    with pytest.raises(InputError, match="has 100,000 columns, 1,000 are allowed"):
+        read(write_table(f"table.{ending}", [row, row]))
+    with pytest.raises(InputError, match="it has c0, .*, c19, [.]{3}. Name one") as refused:
+        read(write_table(f"table.{ending}", [{f"c{i}": "1" for i in range(900)}]))
+    assert len(str(refused.value)) < 500
+
+
+def test_workbooks_that_would_fill_the_memory(tmp_path):
+    table = tmp_path / "table.xlsx"
+    write_workbook(table, ("a", "visible", QA, ()))
+    with zipfile.ZipFile(table) as archive:
+        entries = {name: archive.read(name).decode() for name in archive.namelist()}
+    for name, change, message in (
+            ("xl/sheet0.xml", lambda xml: xml.replace("<c ", '<c r="XFD1048576" ', 1),
+             "has 1,048,576 rows and 16,384 columns, most of them empty"),
+            ("xl/sheet0.xml", lambda xml: xml.replace("<c ", "<c r='BA900000' ", 1), "53 columns"),
+            ("xl/theme.xml", lambda xml: "0" * 120_000_000, "unpacks to 120 MB: save it as .csv")):
+        with zipfile.ZipFile(table, "w", zipfile.ZIP_DEFLATED) as archive:
+            for entry, xml in ({"xl/theme.xml": ""} | entries).items():
+                archive.writestr(entry, change(xml) if entry == name else xml)
+        with pytest.raises(InputError, match=message):
+            read(table)

@@ -1,7 +1,9 @@
 """The trained classifier at work: severity probabilities for complaints, and for whole tables."""
 
 import csv
+import io
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +15,17 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, checkpoint, data
+from sevloss import (
+    InputError,
+    checkpoint,
+    data,
+    distributed,
+    flush_to_disk,
+    interpreting,
+    is_rank_0,
+    lock,
+    stop,
+)
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
@@ -30,15 +42,19 @@ def class_logits(model, id_lists, compute, *, max_tokens=8192, progress=None):
     model.eval()
     order, parts = [], []
     with compute.autocast():
-        for batch in data.micro_batches([len(ids) for ids in id_lists], range(len(id_lists)), max_tokens):
+        lengths = [len(ids) for ids in id_lists]
+        for batch in distributed.micro_batches(lengths, range(len(id_lists)), max_tokens):
+            if not batch:  # of another rank alone
+                continue
             tokens, lengths = data.pack([id_lists[i] for i in batch], compute.device)
             parts.append(model.classify(tokens, lengths).float())  # (B, 3)
             order += batch
             if progress is not None:
                 progress.update(len(batch))
-    logits = torch.empty(len(id_lists), 3)
-    logits[order] = torch.cat(parts).cpu()  # the only wait for the device
-    return logits
+    logits = torch.zeros(len(id_lists), 3)
+    if order:
+        logits[order] = torch.cat(parts).cpu()  # the only wait for the device
+    return distributed.add_up(logits)
 
 
 def encode_complaints(tokenizer, complaints, *, preprocess, max_length):
@@ -70,13 +86,15 @@ class Classifier:
         result = hub.read_json(run / "classifier.json")
         data.check_split_rule(result.get("split_rule"), run)
         model = load_model(run, device=compute.device)
-        try:
-            return cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
-                       min(run_json["max_length"], model.config.context), result["out_of_fold"],
-                       set(result["trained_on"]))
-        except KeyError as error:
-            message = f"{run} is broken, its run.json or classifier.json lacks {error}: train it again"
-            raise InputError(message) from error
+        with interpreting(f"run.json or classifier.json of {run}", "train it again"):
+            loaded = cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
+                         min(run_json["max_length"], model.config.context), result["out_of_fold"],
+                         set(result["trained_on"]))
+            if not (0 < loaded.temperature < math.inf and loaded.max_length >= 8
+                    and loaded.preprocess in ("arabert", "none") and model.config.num_labels == 3
+                    and all(len(p) == 3 and min(p) >= 0 for p in loaded.out_of_fold.values())):
+                raise ValueError("temperature, max_length, preprocess, probabilities or classes out of range")
+            return loaded
 
     def probabilities(self, complaints, compute, progress=None):
         """(n, 3) calibrated probabilities of (non-critical, neutral, critical), those out of fold where the
@@ -113,9 +131,12 @@ def annotate_table(classifier, table, to, columns, compute):
     `to`.partial; the same call goes on after its last chunk, so memory and what a stop can lose are bounded
     by CHUNK rows.
     """
-    to = Path(to)
+    with lock(f"{to}.lock"):
+        _annotate_table(classifier, table, Path(to), columns, compute)
+
+
+def _annotate_table(classifier, table, to, columns, compute):
     check_target(to)
-    to.parent.mkdir(parents=True, exist_ok=True)
 
     # How far a call before this one came
     partial, journal = Path(f"{to}.partial"), Path(f"{to}.partial.json")
@@ -124,29 +145,40 @@ def annotate_table(classifier, table, to, columns, compute):
     done = Counter()  # rows, bytes, and how many complaints were cut, seen, labelled
     before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
     if before.get("inputs") == inputs:
-        done.update(before["done"])
+        with interpreting(journal, f"remove {partial}"):
+            done.update({name: int(count) for name, count in before["done"].items()})
         print(f"{to}: going on after row {done['rows']:,}")
+    done = distributed.from_rank_0(done)
 
     # The next rows; a table that cannot be read is refused before anything is written
-    total = sum(1 for _ in tables.read_rows(table))
+    total = sum(1 for _ in tables.read_rows(table, ("complaint",), columns)[2])
     pairs = islice(tables.usable_pairs(table, needed=("complaint",), columns=columns), done["rows"], None)
     chunk = list(islice(pairs, CHUNK))
 
-    with open(partial, "a", encoding="utf-8", newline="") as file, \
-            tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
-        file.truncate(done["bytes"])
+    checkpoint.append(partial, "")
+    if is_rank_0():
+        os.truncate(partial, done["bytes"])
+    stop.waits = True  # a signal is looked at between chunks
+    with tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
         while chunk:
             complaints = [pair.complaint for pair in chunk]
             probabilities, cut = classifier.probabilities(complaints, compute, bar)
-            write_rows(file, to.suffix.lower(), chunk, probabilities, header=not done["rows"])
-            file.flush()
+            text = io.StringIO(newline="")
+            write_rows(text, to.suffix.lower(), chunk, probabilities, header=not done["rows"])
+            checkpoint.append(partial, text.getvalue(), to_disk=True)
             done.update(rows=len(chunk), cut=cut, seen=classifier.seen(complaints),
                         labelled=sum(pair.severity is not None for pair in chunk))
-            done["bytes"] = file.tell()
+            done["bytes"] += len(text.getvalue().encode())
             checkpoint.write_json(journal, {"inputs": inputs, "done": done})
+            stop.leave(distributed.largest(stop.signal),
+                       f"{done['rows']:,} rows are kept: the same command goes on")
             chunk = list(islice(pairs, CHUNK))
-    os.replace(partial, to)
-    journal.unlink()
+    stop.waits = False
+    if is_rank_0():
+        journal.unlink()
+        os.replace(partial, to)
+        flush_to_disk(to.parent)
+    distributed.wait_for_all()
 
     print(f"wrote {to}: {done['rows']:,} rows, {done['cut']:,} complaints cut to "
           f"{classifier.max_length} tokens")
@@ -185,5 +217,7 @@ def write_rows(file, ending, pairs, probabilities, *, header):
         return
     writer = csv.DictWriter(file, rows[0], delimiter="\t" if ending == ".tsv" else ",")
     if header:
+        file.write("\ufeff")  # without it Excel shows Arabic as gibberish
         writer.writeheader()
-    writer.writerows(rows)
+    for fields in rows:
+        writer.writerow({name: tables.quote_formula(cell) for name, cell in fields.items()})

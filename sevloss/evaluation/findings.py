@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from sevloss import InputError
+from sevloss import InputError, interpreting
 from sevloss.evaluation import compare, scores
 from sevloss.inputs import hub
 from sevloss.severity import class_name
 
 # Runs of one setting may differ in these; the fingerprint of the data stands for the last three.
 FREE_ARGUMENTS = ("seed", "out", "resume", "save_every", "device", "micro_tokens", "gradient_checkpointing",
-                  "compile", "merge", "data", "columns", "classifier")
+                  "compile", "deterministic", "merge", "data", "columns", "classifier")
 
 
 # --- answers, as they are stored ----------------------------------------------------------------------------
@@ -64,13 +64,19 @@ def read_answers(path):
     records = _read_lines(path)
     if not records:
         return None
-    try:
+    with interpreting(path, "if evaluate.py wrote it, it has lost its first line: remove it and call again"):
         by_row = {record["row"]: Answer(**record) for record in records[1:]}  # one may be there twice
         rows = sorted(by_row.values(), key=lambda row: row.row)
-        return Answers(**records[0], rows=rows, path=Path(path))
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{path} is no answers file of evaluate.py, or has lost its first line: if so, "
-                         "remove it and call again") from error
+        for row in rows:
+            texts = (row.complaint, row.reference, row.answer, row.specialty)
+            numbers = [row.row, row.nll / row.tokens, *(row.probabilities or (1, 0, 0))]
+            if not (all(isinstance(text, str) for text in texts) and row.severity in (None, 0, 1, 2)
+                    and all(isinstance(number, (int, float)) for number in numbers) and len(numbers) == 5):
+                raise ValueError(f"row {row.row} has a value of another type")
+        answers = Answers(**records[0], rows=rows, path=Path(path))
+        if not (isinstance(answers.protocol, dict) and isinstance(answers.run.get("arguments", {}), dict)):
+            raise ValueError("its first line has a value of another type")
+        return answers
 
 
 def load_answers(path):
@@ -105,7 +111,10 @@ def run_folder(name):
 def read_run_json(name):
     """run.json of the run that `name` is, or whose merged model it is; {} for a plain checkpoint."""
     folder = run_folder(name)
-    return hub.read_json(folder / "run.json") if folder else {}
+    run = hub.read_json(folder / "run.json") if folder else {}
+    if not isinstance(run.get("arguments", {}), dict):
+        raise InputError(f"{folder}/run.json is no run's: its arguments are of another type")
+    return run
 
 
 def _read_lines(path):
@@ -114,11 +123,8 @@ def _read_lines(path):
     path = Path(path)
     if not path.is_file():
         return []
-    try:
+    with interpreting(path, "if it was written here, remove it and call again"):
         return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}; if it was written here, remove it and "
-                         "call again") from error
 
 
 # --- settings -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import BLEU, CHRF
 
-from sevloss import data
+from sevloss import data, distributed
 from sevloss.evaluation.urgent import folded, urgent
 from sevloss.severity import CLASSES
 
@@ -25,9 +25,9 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
     them; 0 for those not in `indices` (None: all). most_tokens: of a forward pass."""
     model.eval()
     order, sums = [], []
+    indices = range(len(examples)) if indices is None else indices
     with compute.autocast():
-        indices = range(len(examples)) if indices is None else indices
-        for part in data.micro_batches(examples.input_lengths, indices, most_tokens):
+        for part in distributed.micro_batches(examples.input_lengths, indices, most_tokens):
             batch = data.make_batch(examples, part, compute.device)
             hidden = model(batch.tokens, batch.lengths).index_select(0, batch.supervised_index)  # (S, D)
             nll = torch.zeros(len(part), dtype=torch.float64, device=compute.device)
@@ -40,7 +40,7 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
     total = torch.zeros(len(examples), dtype=torch.float64)
     if order:
         total[order] = torch.cat(sums).cpu()  # once, so that the device never waits
-    return total
+    return distributed.add_up(total)
 
 
 def per_token(nll, tokens):

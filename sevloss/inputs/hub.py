@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import HfApi, errors, snapshot_download
 from safetensors import safe_open
 
-from sevloss import InputError
+from sevloss import InputError, interpreting
 
 SHORT_NAMES = {
     "aragpt2-base": "aubmindlab/aragpt2-base",
@@ -32,8 +32,8 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "sentencepiece.bpe.model")
-OTHER_FILES = ("config.json", "adapter_config.json", "merges.txt", "tokenizer_config.json",
-               "special_tokens_map.json", "added_tokens.json")
+OTHER_FILES = ("config.json", "adapter_config.json", "generation_config.json", "merges.txt",
+               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class Unreachable(InputError):
@@ -47,23 +47,35 @@ def full_name(ckpt) -> str:
     return SHORT_NAMES.get(str(ckpt).lower(), str(ckpt))
 
 
-def local_folder(ckpt) -> Path:
-    """A folder, a short name or a hub id (owner/name) -> a local folder with the checkpoint's files.
+def folders(ckpt) -> list[Path]:
+    """A folder, a short name or a hub id (owner/name) -> where its files lie: the local folder; of an
+    adapter, then that of its base, which may be an adapter too.
 
     Downloads go through huggingface_hub: its cache (HF_HOME), its server (HF_ENDPOINT), its offline switch
     (HF_HUB_OFFLINE=1). Raises InputError for what is no checkpoint, Unreachable where there is no connection.
     """
-    return find_file(ckpt, ("config.json", "adapter_config.json")).parent
-
-
-def _folder(ckpt):
-    return Path(ckpt) if Path(ckpt).is_dir() else _download(full_name(ckpt))
+    found = [Path(ckpt) if Path(ckpt).is_dir() else _download(full_name(ckpt))]
+    while (path := found[-1] / "adapter_config.json").is_file():
+        base = read_json(path).get("base_model_name_or_path")
+        with interpreting(path):
+            folder = Path(base) if Path(base).is_dir() else None
+        try:
+            folder = folder or _download(full_name(base))
+        except InputError as error:
+            message = f"{error}; {path} names it as the base: correct base_model_name_or_path there"
+            raise type(error)(message) from error
+        if folder in found:
+            raise InputError(f"{path} names itself as its base: correct base_model_name_or_path there")
+        found.append(folder)
+    return found
 
 
 @functools.cache  # asked once, so that weights and tokenizer are of one version
 def _download(repository):
     """The repository's folder in the cache, with its configuration, tokenizer and one kind of weights."""
-    if "/" not in repository or Path(repository).is_absolute() or repository.startswith("."):
+    owner, _, name = repository.partition("/")
+    typed_path = not name or owner in ("", ".", "..", "~") or "\\" in repository or Path(owner).is_dir()
+    if typed_path and repository not in SHORT_NAMES.values():
         raise InputError(f"{repository} is neither a folder, nor a hub id like owner/name, nor one of "
                          f"{', '.join(SHORT_NAMES)}")
     try:
@@ -90,7 +102,7 @@ def _download(repository):
 def _cached(repository, reason):
     """The repository's folder as downloaded before. reason: what asking the hub raised."""
     try:
-        return Path(snapshot_download(repository, allow_patterns="config.json", local_files_only=True))
+        return Path(snapshot_download(repository, allow_patterns="*config.json", local_files_only=True))
     except errors.LocalEntryNotFoundError:
         if isinstance(reason, errors.RepositoryNotFoundError):
             raise InputError(f"there is no folder {repository}, and the hub has no repository {repository} "
@@ -100,10 +112,9 @@ def _cached(repository, reason):
 
 
 def find_file(ckpt, names) -> Path:
-    """The first of `names` that the checkpoint has. InputError where it has none, or a git-lfs pointer."""
-    folder = _folder(ckpt)
-    for name in names:
-        path = folder / name
+    """The first of `names` that the checkpoint has, or its base. InputError where it has none, or a git-lfs
+    pointer."""
+    for path in [folder / name for folder in folders(ckpt) for name in names]:
         if path.is_file():
             with open(path, "rb") as file:
                 if file.read(24) == b"version https://git-lfs.":
@@ -116,19 +127,17 @@ def find_file(ckpt, names) -> Path:
 
 def read_json(path) -> dict:
     """A JSON file of names and values; InputError where it is anything else."""
-    try:
+    with interpreting(path):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__} in place of names and values")
+            raise ValueError(f"JSON with a {type(content).__name__} in place of names and values")
         return content
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}; correct it or get it again") from error
 
 
 def read_optional(ckpt, name) -> dict:
-    """A JSON file that not every checkpoint has: its content, or {}."""
-    path = _folder(ckpt) / name
-    return read_json(path) if path.is_file() else {}
+    """A JSON file that not every checkpoint has: its content, or that of the base's, or {}."""
+    paths = [folder / name for folder in folders(ckpt) if (folder / name).is_file()]
+    return read_json(paths[0]) if paths else {}
 
 
 def stored_tensors(ckpt) -> dict:
@@ -166,9 +175,16 @@ def open_tensors(path) -> dict:
         reason = _first_line(error).split(". ")[0]
         raise InputError(f"{path} is broken or not finished downloading: {reason}; "
                          "delete it and get it again") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if isinstance(state, dict):  # trainers wrap the tensors: {"state_dict": tensors, "epoch": 3}
+        inner = [value for value in state.values() if _all_tensors(value) and value]
+        state = inner[0] if len(inner) == 1 else state
+    if not _all_tensors(state):
         raise InputError(refusal)
     return {name: functools.partial(torch.Tensor.detach, tensor) for name, tensor in state.items()}
+
+
+def _all_tensors(state):
+    return isinstance(state, dict) and all(isinstance(tensor, torch.Tensor) for tensor in state.values())
 
 
 def _first_line(error):

@@ -1,22 +1,27 @@
 """Tables -> pairs of complaint and response. PyTorch is not needed for it."""
 
+import codecs
 import csv
 import json
+import math
 import os
 import re
 import unicodedata
-from collections import defaultdict
+import zipfile
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
-from python_calamine import CalamineError, CalamineWorkbook
+from python_calamine import CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
 
-from sevloss import InputError
+from sevloss import InputError, interpreting
 
 SAMPLE = os.path.relpath(Path(__file__).resolve().parents[2] / "data" / "sample.jsonl")
 
-# What a column is called, role by role; case, spaces, hyphens and underscores do not count.
+# What a column is called, role by role, in any of the spellings that `plain` makes equal
 COLUMN_NAMES = {
     "complaint": ("question", "q_body", "complaint", "post", "السؤال", "الشكوى"),
     "response": ("answer", "a_body", "response", "plan", "الإجابة", "الاجابة", "الرد"),
@@ -28,84 +33,219 @@ COLUMN_NAMES = {
     "specialty": ("specialty", "category", "type", "التخصص"),
 }
 PROBABILITIES = ("non_critical", "neutral", "critical")
-# As _plain spells them
-LABELS = {"noncritical": 0, "neutral": 1, "critical": 2, "غيرحرج": 0, "متوسط": 1, "حرج": 2}
+LABELS = {"noncritical": 0, "neutral": 1, "critical": 2, "غيرحرج": 0, "متوسط": 1, "حرج": 2,
+          "غيرحرجة": 0, "متوسطة": 1, "حرجة": 2}
+NO_VALUE = ("nan", "none", "null", "n/a", "na", "<na>", "nat", "#n/a")  # what pandas writes and reads for it
+DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|"}
+
+LONGEST_CELL = 32_767  # characters; a spreadsheet's limit
+MOST_COLUMNS = 1000
+MOST_CELLS = 30_000_000  # of a sheet, empty ones included: each takes 32 bytes
 
 
-def read_rows(path):
-    """Yields (row number as an editor or spreadsheet shows it, {column: text}) of each row that is not empty.
+@lru_cache(1024)
+def plain(name):
+    """What spellings of a column, label or class have in common: neither case, spaces, hyphens and
+    underscores, nor invisible marks, diacritics and tatweel."""
+    letters = [character for character in unicodedata.normalize("NFKC", name).casefold()
+               if unicodedata.category(character) not in ("Cf", "Mn", "Zs", "Pd", "Pc", "Cc")]
+    return "".join(letters).replace("ـ", "")
 
-    A row with more cells than the header comes as None. Raises InputError where the file cannot be read.
+
+# --- files -> rows ------------------------------------------------------------------------------------------
+
+def read_rows(path, needed=(), columns=None):
+    """(what was read, as a text; its columns; an iterator over the rows that are not empty, of (number as an
+    editor or spreadsheet shows it, {column: text})).
+
+    A file can be taken apart in several ways, by delimiters or by sheets: the first is taken whose header has
+    the roles `needed`. A row with more cells than the header comes as None. InputError where the file cannot
+    be read.
     """
     path = Path(path)
-    ending = path.suffix.lower() or "a file without an ending"
+    ending = path.suffix.lower()
     if not path.is_file():
         raise InputError(f"{path}: no such file; --data names another table")
-    number = 1
+    if ending in (".jsonl", ".json"):
+        rows = _reading(path, _json_rows(path))
+        head = list(islice(rows, 1000))  # a row may lack a field that others have
+        names = dict.fromkeys(chain.from_iterable(row for _, row in head))
+        _check_header(path, names)
+        return str(path), names, chain(head, rows)
+    if ending in DELIMITERS:
+        ways = [(f", separated by {delimiter!r}" if i else "", _csv_lines(path, delimiter))
+                for i, delimiter in enumerate(DELIMITERS[ending])]
+    elif ending == ".xlsx":
+        ways = _sheets(path)
+    else:
+        raise InputError(f"{path}: a table is one of .jsonl, .json, .csv, .tsv, .xlsx, not "
+                         f"{ending or 'a file without an ending'}")
+    taken = None
+    failure = InputError(f"{path} has no sheet that is not hidden")
+    for name, lines in _reading(path, ways):
+        lines = _reading(path, lines)
+        try:
+            number, header = next(_lines_with_text(lines), (0, []))
+        except InputError as error:
+            failure = error
+            continue
+        fits = set(needed) <= find_roles(header, columns or {}).keys()
+        if not taken or fits:
+            where = "" if fits and number == 1 else f", header in row {number}"
+            taken = f"{path}{name}{where}", header, lines
+        if fits:
+            break
+    if not taken:
+        raise failure
+    source, header, lines = taken
+    _check_header(path, header)
+    return source, header, _rows_below_header(header, lines)
+
+
+def _reading(path, items):
+    """The items; whatever goes wrong in making them becomes an InputError."""
+    with interpreting(path, "save it anew, e.g. as .csv in UTF-8"):
+        yield from items
+
+
+@contextmanager
+def _open_text(path):
+    """Decodes UTF-8, or UTF-16 with a byte-order mark; InputError for other bytes."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if head.startswith(b"PK"):
+        raise InputError(f"{path} is a zip archive: unpack it, or if it is a workbook, call it .xlsx")
+    if head.startswith(b"\x1f\x8b"):
+        raise InputError(f"{path} is compressed: unpack it with gunzip")
+    if not utf16 and head.count(0) + head.count(6) > len(head) / 5:  # 6: high byte of Arabic
+        raise InputError(f"{path} looks like UTF-16 without a byte-order mark: save it as UTF-8, e.g. iconv "
+                         "-f UTF-16LE -t UTF-8")
     try:
-        if ending == ".jsonl":
-            rows = _jsonl_rows(path)
-        elif ending in (".csv", ".tsv"):
-            rows = _rows_below_header(path, _csv_lines(path, "," if ending == ".csv" else "\t"))
-        elif ending == ".xlsx":
-            sheet = CalamineWorkbook.from_path(path).get_sheet_by_index(0)
-            rows = _rows_below_header(path, enumerate(sheet.iter_rows(), 1))
-        else:
-            raise InputError(f"{path}: a table is one of .jsonl, .csv, .tsv, .xlsx, not {ending}")
-        for number, row in rows:
-            yield number, row
+        with open(path, encoding="utf-16" if utf16 else "utf-8-sig", newline="") as file:
+            yield file
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} of a block is 0x{error.object[error.start]:02x}"
-        message = f"{path} is not UTF-8 ({byte}): save it as UTF-8, e.g. iconv -f WINDOWS-1256 -t UTF-8"
-        raise InputError(message) from error
-    except csv.Error as error:
-        message = f"{path}, below row {number}: {error}; quote marks inside a cell must be doubled"
-        raise InputError(message) from error
-    except CalamineError as error:
-        first_line = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as an Excel workbook: {first_line}") from error
+        advice = "save it anew" if utf16 else "save it as UTF-8, e.g. iconv -f WINDOWS-1256 -t UTF-8"
+        raise InputError(f"{path} is not UTF-{16 if utf16 else 8} ({byte}): {advice}") from error
 
 
-def _jsonl_rows(path):
-    with open(path, encoding="utf-8-sig") as file:
+def _json_rows(path):
+    """Of a line each, or of one array."""
+    with _open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            array = line.lstrip().startswith("[")
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                value = json.loads(line + file.read() if array else line)
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number} is not a JSON object")
-            yield number, {_text(name): _text(value) for name, value in row.items()}
+            for i, row in enumerate(value if array else [value], 1 if array else number):
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}, {'element' if array else 'line'} {i} is not a JSON object")
+                _check_header(path, row)
+                yield i, {_text(name): _text(cell) for name, cell in row.items()}
 
 
 def _csv_lines(path, delimiter):
     csv.field_size_limit(2 ** 31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    number = 1
+    with _open_text(path) as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        number = 1
-        for cells in reader:
-            yield number, cells
-            number = reader.line_num + 1  # a cell may hold several lines
+        try:
+            for cells in reader:
+                if number > 1 or [cell.lower() for cell in cells] != ["sep=", ""]:  # Excel's own first line
+                    yield number, [_QUOTE.sub("", cell) for cell in cells]
+                number = reader.line_num + 1  # a cell may hold several lines
+        except csv.Error as error:
+            message = f"{path}, from row {number} on: {error}; quote marks inside a cell must be doubled"
+            raise InputError(message) from error
 
 
-def _rows_below_header(path, lines):
-    """(number, cells) of each line -> (number, {column: text}); the first that is not empty is the header."""
-    header = None
+def _sheets(path):
+    """(name, lines) of each visible sheet."""
+    _check_size(path)
+    workbook = CalamineWorkbook.from_path(path)
+    for sheet in workbook.sheets_metadata:
+        if sheet.visible == SheetVisibleEnum.Visible and sheet.typ == SheetTypeEnum.WorkSheet:
+            yield f", sheet {sheet.name!r}", _sheet_lines(workbook.get_sheet_by_name(sheet.name))
+
+
+def _check_size(path):
+    """InputError for a workbook that would fill the memory: a sheet is read whole, empty cells included."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > min(2e9, 1e8 + 50 * path.stat().st_size):
+            raise InputError(f"{path} unpacks to {unpacked / 1e6:,.0f} MB: save it as .csv")
+        for name in archive.namelist():
+            widest = b""
+            rows = 0
+            end = b""
+            with archive.open(name) as file:
+                while block := file.read(2 ** 24):
+                    xml = end + block
+                    letters = set(re.findall(rb" r=[\"']([A-Za-z]{1,4})", xml))  # of references like r="AB12"
+                    numbers = set(re.findall(rb" r=[\"'][A-Za-z]*([0-9]{1,9})", xml))
+                    widest = max([widest, *letters], key=lambda letters: (len(letters), letters.upper()))
+                    rows = max([rows, *map(int, numbers)])
+                    end = block[-20:]
+            columns = 0
+            for letter in widest.upper():
+                columns = 26 * columns + letter - 64  # A is 65
+            if columns * rows > MOST_CELLS:
+                raise InputError(f"{path}: {name} has {rows:,} rows and {columns:,} columns, most of them "
+                                 "empty: save what is needed as .csv")
+
+
+def _sheet_lines(sheet):
+    """(number, cells); a merged cell's value stands in each of its rows."""
+    merged = defaultdict(list)  # first row -> [(column, last row)]
+    for (top, column), (bottom, _) in sheet.merged_cell_ranges or ():
+        merged[top].append((column - sheet.start[1], bottom))
+    values = {}  # column -> (value, last row)
+    for row, cells in enumerate(sheet.iter_rows()):
+        for column, (value, bottom) in values.items():
+            if row <= bottom:
+                cells[column] = value
+        for column, bottom in merged.get(row, ()):
+            if column < len(cells):
+                values[column] = cells[column], bottom
+        yield row + 1, cells
+
+
+def _lines_with_text(lines):
+    """(number, texts) of the lines that are not empty."""
     for number, cells in lines:
-        cells = [_text(cell) for cell in cells]
-        if not any(cells):
-            continue
-        if header is None:
-            header = cells
-            for name in filter(None, header):
-                if header.count(name) > 1:
-                    raise InputError(f"{path} has two columns called {name!r}: rename one")
-        elif any(cells[len(header):]):
+        texts = [_text(cell) for cell in cells]
+        if any(texts):
+            yield number, texts
+
+
+def _check_header(path, header):
+    if not any(header):
+        raise InputError(f"{path} has no rows")
+    if len(header) > MOST_COLUMNS:
+        raise InputError(f"{path} has {len(header):,} columns, {MOST_COLUMNS:,} are allowed: leave some out")
+    for name, count in Counter(filter(None, header)).items():
+        if count > 1:
+            raise InputError(f"{path} has two columns called {name!r}: rename one")
+
+
+def _rows_below_header(header, lines):
+    for number, texts in _lines_with_text(lines):
+        if any(texts[len(header):]):
             yield number, None
         else:
-            yield number, dict(zip(header, chain(cells, repeat(""))))
+            yield number, dict(zip(header, chain(texts, repeat(""))))
+
+
+_QUOTE = re.compile("^'(?=[-=+@])")
+
+
+def quote_formula(cell):
+    """What a spreadsheet would take for a formula gets the apostrophe that keeps it a text."""
+    return f"'{cell}" if re.match(r"[-=+@](?!\.?\d[\d.]*$)", str(cell)) else cell
 
 
 _LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85]")
@@ -118,48 +258,64 @@ class _Nested(str):
 
 
 def _text(value):
-    """A cell as text: each line break is a line feed, other control characters but the tab are dropped."""
+    """A cell as text, cut to LONGEST_CELL: each line break is a line feed, other control characters but the
+    tab are dropped."""
     if value is None:
         return ""
-    if isinstance(value, float) and value.is_integer():  # a spreadsheet's 3 is 3.0
-        value = int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):  # JSON's NaN
+            return ""
+        if value.is_integer():  # a spreadsheet's 3 is 3.0
+            value = int(value)
     if isinstance(value, (list, dict)):
         return _Nested(_text(json.dumps(value, ensure_ascii=False)))
     text = str(value)
     if not text.isprintable():  # most are, and finding that out is cheaper
-        text = _DROPPED.sub("", _LINE_BREAK.sub("\n", text))
-    return text.strip()
+        text = clean(text)
+    return text.strip()[:LONGEST_CELL]
 
 
-def find_columns(path, columns, given, needed):
-    """{role: column}. columns: the table's; given: {role: column}, before the usual names; needed: roles."""
+def clean(text):
+    """Each line break as a line feed; no other control characters but the tab."""
+    return _DROPPED.sub("", _LINE_BREAK.sub("\n", text))
+
+
+# --- which column has which role ----------------------------------------------------------------------------
+
+def find_roles(names, given):
+    """{role: column name} among `names`: those `given`, else the usual ones."""
+    by_plain_name = {plain(name): name for name in reversed(names)}
+    found = {}
+    for role, usual_names in COLUMN_NAMES.items():
+        for name in [given[role]] if role in given else usual_names:
+            column = name if name in names else by_plain_name.get(plain(name))
+            if column is not None:
+                found.setdefault(role, column)
+    return found
+
+
+def find_columns(path, names, given, needed, *, weighted):
+    """{role: column}. names: the table's columns; given: {role: column}, before the usual names; needed:
+    roles; weighted: whether the three of PROBABILITIES must be there or not at all."""
+    shown = ", ".join(islice(names, 20)) + (", ..." if len(names) > 20 else "")
+    found = find_roles(names, given)
     for role, name in given.items():
         if role not in COLUMN_NAMES:
             raise InputError(f"--columns {role}=...: a role is one of {', '.join(COLUMN_NAMES)}")
-        if name not in columns:
-            raise InputError(f"{path} has no column {name!r}; it has {', '.join(columns)}")
-    by_plain_name = {_plain(name): name for name in reversed(columns)}
-    found = dict(given)
-    for role, usual_names in COLUMN_NAMES.items():
-        for name in usual_names:
-            if _plain(name) in by_plain_name:
-                found.setdefault(role, by_plain_name[_plain(name)])
-
+        if role not in found:
+            raise InputError(f"{path} has no column {name!r}; it has {shown}")
     for name in found.values():
         if list(found.values()).count(name) > 1:
             raise InputError(f"{path}: --columns gives the column {name!r} two roles")
     if 0 < len(found.keys() & set(PROBABILITIES)) < 3:
-        raise InputError(f"{path} has some but not all of the columns {', '.join(PROBABILITIES)}")
+        if weighted or given.keys() & set(PROBABILITIES):
+            raise InputError(f"{path} has some but not all of the columns {', '.join(PROBABILITIES)}")
+        found = {role: name for role, name in found.items() if role not in PROBABILITIES}
     for role in needed:
         if role not in found:
-            raise InputError(f"{path} has no column for the {role}; it has {', '.join(columns)}. "
+            raise InputError(f"{path} has no column for the {role}; it has {shown}. "
                              f"Name one: --columns {role}=COLUMN")
     return found
-
-
-def _plain(name):
-    """What two spellings of a column or class name have in common."""
-    return "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c not in " -_")
 
 
 def parse_columns(words):
@@ -196,20 +352,13 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     table has their columns, so that runs with and without weights get the same rows. What is not required and
     cannot be read counts as missing. InputError where the table cannot be used.
     """
-    rows = read_rows(path)
-    head = list(islice(rows, 1000))  # a .jsonl row may lack a field that others have
-    if not head:
-        raise InputError(f"{path} has no rows")
-    names = {}  # of the columns, in order
-    for _, row in head:
-        names |= dict.fromkeys(row or ())
-    if not names:
-        raise InputError(f"{path}: all rows have more cells than the header")
-    found = find_columns(path, names, columns or {}, needed)
+    columns = columns or {}
+    source, names, rows = read_rows(path, needed, columns)
+    found = find_columns(source, names, columns, needed, weighted=probabilities == "required")
     if probabilities == "required" and "critical" not in found:
-        raise InputError(f"{path} has no severity probabilities: give --classifier RUN, or --weighting none, "
-                         f"or name their columns: --columns {'=COLUMN '.join(PROBABILITIES)}=COLUMN")
-    print(f"{path}: " + ", ".join(f"{role} = {name!r}" for role, name in found.items()))
+        raise InputError(f"{source} has no severity probabilities: give --classifier RUN, or --weighting "
+                         f"none, or name their columns: --columns {'=COLUMN '.join(PROBABILITIES)}=COLUMN")
+    print(f"{source}: " + ", ".join(f"{role} = {name!r}" for role, name in found.items()))
     others = [name for name in names if name not in found.values() or name == found.get("specialty")]
     required = [*needed] if probabilities == "optional" else [*needed, *PROBABILITIES]
 
@@ -217,6 +366,8 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     # in a handful of rows that may be chance
     predicted = False
     if "severity_source" not in found and {"severity", "critical"} <= found.keys():
+        head = list(islice(rows, 1000))
+        rows = chain(head, rows)
         pairs = [_make_pair(number, row, found, others)[0] for number, row in head if row is not None]
         pairs = [pair for pair in pairs if pair.severity is not None and pair.probabilities]
         likeliest = [pair.probabilities[pair.severity] == max(pair.probabilities) for pair in pairs]
@@ -225,10 +376,12 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     used = 0
     left_out = defaultdict(list)  # reason -> row numbers
     incomplete = defaultdict(list)
-    for number, row in chain(head, rows):
+    for number, row in rows:
         if row is None:
             left_out["with more cells than the header"].append(number)
             continue
+        if any(len(cell) == LONGEST_CELL for cell in row.values()):
+            incomplete[f"with a cell cut to {LONGEST_CELL:,} characters"].append(number)
         pair, problems = _make_pair(number, row, found, others, predicted)
         reasons = [problems[role] for role in required if role in problems]
         if reasons:
@@ -239,7 +392,7 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
         used += 1
         yield pair
     if not used:
-        raise InputError(f"{path}: no usable row; left out {_counted(left_out)}")
+        raise InputError(f"{source} has no usable row; left out {_counted(left_out)}")
     if left_out:
         print(f"  left out {_counted(left_out)}")
     if incomplete:
@@ -264,14 +417,16 @@ def _make_pair(number, row, columns, others, predicted=False):
     cells = {role: row.get(columns.get(role), "") for role in COLUMN_NAMES}
     problems = {}
     for role in ("complaint", "response"):
-        if isinstance(cells[role], _Nested) or not _LETTER.search(cells[role]):  # "👍" is no text
+        text = cells[role]
+        # "👍" is no text
+        if isinstance(text, _Nested) or not _LETTER.search(text) or text.casefold() in NO_VALUE:
             problems[role] = f"without a {role}"
-    severity = LABELS.get(_plain(cells["severity"]))
+    severity = LABELS.get(plain(cells["severity"]))
     if not cells["severity"]:
         problems["severity"] = "without a severity"
     elif severity is None:
         problems["severity"] = "with a severity other than non-critical, neutral, critical"
-    elif predicted or _plain(cells["severity_source"]) == "classifier":
+    elif predicted or plain(cells["severity_source"]) == "classifier":
         severity = None
         problems["severity"] = "with a severity from a classifier, which is no label"
     probabilities, problem = _parse_probabilities([cells[role] for role in PROBABILITIES])
@@ -287,9 +442,9 @@ def _parse_probabilities(cells):
     if not any(cells):
         return None, "without probabilities"
     try:
-        values = [float(cell) for cell in cells]
+        values = [float(cell.replace("٫", ".").replace(",", ".")) for cell in cells]  # also Arabic digits
     except ValueError:
-        return None, "with a probability that is no number"
+        return None, "with a probability that is no number like 0.7 (without %)"
     total = sum(values)
     if not all(p >= 0 for p in values):  # NaN fails too
         return None, "with a probability that is negative or NaN"

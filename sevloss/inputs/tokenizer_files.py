@@ -6,6 +6,8 @@ absent. The ids are those of the package `transformers`. Its fast tokenizers spl
 (AraBERT's [رابط] and the like); here each is one id, as for its slow tokenizers and as AraBERT was trained.
 """
 
+import json
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sevloss import InputError
@@ -105,6 +107,24 @@ def _wordpiece(path, config, special):
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing((end, vocabulary[end]), (start, vocabulary[start]))
     tokenizer.decoder = decoders.WordPiece()
-    whole = [token for token in config.get("never_split") or () if token in vocabulary]
-    tokenizer.add_tokens([AddedToken(token, single_word=True, normalized=False) for token in whole])
     return tokenizer
+
+
+def keep_whole(tokenizer, words):
+    """Each of the words that the vocabulary has is one token."""
+    whole = [word for word in words if tokenizer.token_to_id(word) is not None]
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in whole])
+
+
+def check_growth(tokenizer):
+    """InputError for a tokenizer that makes much of little, by rules that each double a text, or a template
+    that repeats it."""
+    rules = [json.loads(tokenizer.normalizer.__getstate__())] if tokenizer.normalizer else []
+    growth = 1
+    while rules:
+        rule = rules.pop()
+        rules += rule.get("normalizers", ())
+        growth *= max(1, len(rule.get("content", "")))
+    template = tokenizer.post_processor.__getstate__() if tokenizer.post_processor else b""
+    if growth > 100 or template.count(b'"A"') > 10:
+        raise ValueError("it makes a text ten times longer, or more")

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 
-from sevloss import InputError, write_atomically
-from sevloss.inputs import hub
-from sevloss.inputs.tokenizer_files import from_vocabulary
+from sevloss import InputError, distributed, interpreting, write_atomically
+from sevloss.inputs import hub, tables
+from sevloss.inputs.tokenizer_files import check_growth, from_vocabulary, keep_whole
 from sevloss.models import lora
 from sevloss.models.bert import Bert
 from sevloss.models.bloom import Bloom
@@ -28,22 +28,40 @@ FAMILIES = {"gpt2": GPT2, "aragpt2": GPT2, "bloom": Bloom, "llama": Llama, "qwen
 def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
     """Short name, hub id or folder -> nn.Module in eval mode, with .config (sizes) and .raw_config.
 
-    num_labels: for encoders, a head with that many classes, initialised where the checkpoint has none.
-    InputError for whatever does not fit: model_type, missing, surplus or misshapen tensors, broken files.
+    Of adapters, the base with all of them merged into its weights. num_labels: for encoders, a head with that
+    many classes, initialised where the checkpoint's is not for severity.CLASSES. InputError for whatever does
+    not fit: model_type, missing, surplus or misshapen tensors, broken files.
     """
     # ---- config.json decides; an adapter leads to its base
-    folder = hub.local_folder(ckpt)
-    if (folder / "adapter_config.json").is_file():
-        return _load_adapted(folder, dtype, device)
-    raw = hub.read_json(folder / "config.json")
-    if raw.get("model_type") not in FAMILIES:
-        raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are "
-                         f"{', '.join(FAMILIES)}: take a checkpoint of one of these")
-    family = FAMILIES[raw["model_type"]]
-    stored = hub.stored_tensors(ckpt)  # {name: function that reads the tensor}
-    if num_labels:
-        raw = {**raw, "num_labels": num_labels}
-    model = build(family, family.normalize_config(raw, stored))
+    *adapters, base = hub.folders(ckpt)
+    if adapters:
+        model = load_model(base, dtype=dtype, device=device, num_labels=num_labels)
+        for folder in reversed(adapters):
+            lora.load(model, folder)
+            lora.merge(model)
+            if (folder / "config.json").is_file():  # ours; peft writes none
+                model.raw_config["sevloss"] = hub.read_json(folder / "config.json").get("sevloss", {})
+        model.base = hub.full_name(ckpt)
+        return model.requires_grad_(True).eval()
+    raw = hub.read_json(hub.find_file(ckpt, ("config.json",)))
+    with interpreting(base / "config.json"):
+        if raw.get("model_type") not in FAMILIES:
+            raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are "
+                             f"{', '.join(FAMILIES)}: take a checkpoint of one of these")
+        if raw.get("quantization_config"):
+            raise InputError(f"{ckpt} holds quantized weights (its config.json has a quantization_config): "
+                             "take the checkpoint that they were made from")
+        family = FAMILIES[raw["model_type"]]
+        stored = _without_shared_prefix(hub.stored_tensors(ckpt), family.prefix)  # {name: function}
+        if hasattr(family.Config, "eos_token_id"):
+            raw["eos_token_id"] = _end_of_text(ckpt, raw)
+        head_rows = list(range(num_labels or 0))
+        if num_labels:
+            raw["num_labels"] = num_labels
+            names = raw.get("id2label") or {}
+            classes = [tables.LABELS.get(tables.plain(names[i])) for i in sorted(names, key=int)]
+            head_rows = [classes.index(i) for i in head_rows if i in classes]
+        model = build(family, family.normalize_config(raw, stored))
     expected = model.state_dict()
     tied = hasattr(model, "head_weight") and model.config.tie_word_embeddings
 
@@ -64,12 +82,18 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
             elif not re.search(family.ignored_keys, name):
                 surplus.append(stored_name)
             continue
-        tensor = read().to(device=device, dtype=dtype)
-        if tensor.shape != expected[name].shape:
-            if num_labels and name.startswith(("classifier.", "mean_classifier.")):
+        tensor = read()
+        if num_labels and name.startswith(("classifier.", "mean_classifier.")):
+            if len(head_rows) < num_labels or len(tensor) != num_labels:
                 continue  # a head for other classes: a new one is made
+            tensor = tensor[head_rows]
+        if tensor.shape != expected[name].shape:
             raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, config.json asks for "
                              f"{tuple(expected[name].shape)}: get config.json and the weights from one place")
+        tensor = tensor.to(device=device, dtype=dtype)
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            raise InputError(f"{ckpt}: {stored_name} has a value that is no number or infinite: take another "
+                             "checkpoint")
         # in a .bin two can share memory, and training one would change the other
         if tensor.data_ptr() in addresses:
             tensor = tensor.clone()
@@ -87,7 +111,7 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
         raise InputError(f"{ckpt} lacks {len(needed)} tensors that a {raw['model_type']} of its config.json "
                          f"needs: {_some(needed)}; get config.json and the weights from one place")
     if missing:
-        print(f"initialised, not in the checkpoint: {_some(missing)}")
+        print(f"initialised, not in the checkpoint or for other classes: {_some(missing)}")
     for name in missing:
         state[name] = initial(name, expected[name].shape).to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)
@@ -105,20 +129,32 @@ def _equal(stored, tensor):
     return all(torch.equal(a.to(b), b) for a, b in zip(stored.split(4096), tensor.split(4096)))
 
 
-def _load_adapted(folder, dtype, device):
-    """A folder of LoRA adapters -> their base model with the adapters merged into its weights."""
-    base = hub.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not base or Path(base).is_dir() and (Path(base) / "adapter_config.json").is_file():
-        raise InputError(f"{folder}/adapter_config.json gives {base!r} as base_model_name_or_path: it must "
-                         "be a whole model")
-    model = load_model(base, dtype=dtype, device=device)
-    lora.load(model, folder)
-    lora.merge(model)
-    model.requires_grad_(True)
-    if (folder / "config.json").is_file():  # ours; peft writes none
-        model.raw_config |= {"sevloss": hub.read_json(folder / "config.json").get("sevloss", {})}
-    model.base = None
-    return model.eval()
+def _without_shared_prefix(stored, family_prefix):
+    """What wrappers put before all names goes: module. (DataParallel), _orig_mod. (compile), model.
+    (Lightning)."""
+    while True:
+        prefixes = {name.partition(".")[0] + "." for name in stored}
+        rest = {name.partition(".")[2]: read for name, read in stored.items()}
+        own = prefixes == {family_prefix} and not all(name.startswith((family_prefix, "lm_head."))
+                                                      for name in rest)
+        if len(prefixes) != 1 or own or "" in rest:
+            return stored
+        stored = rest
+
+
+def _end_of_text(ckpt, raw):
+    """The ids that end a text, as config.json writes them: those of config.json and generation_config.json,
+    else the tokenizer's."""
+    ids = {}
+    for config in (raw, hub.read_optional(ckpt, "generation_config.json")):
+        given = config.get("eos_token_id")
+        ids |= dict.fromkeys(given if isinstance(given, list) else [given])
+    ids.pop(None, None)
+    token = hub.read_optional(ckpt, "tokenizer_config.json").get("eos_token")
+    if token and not ids:
+        token = token if isinstance(token, str) else token["content"]
+        ids[load_tokenizer(ckpt).token_to_id(token)] = None
+    return list(ids) if len(ids) > 1 else next(iter(ids), None)
 
 
 def enable_gradient_checkpointing(model):
@@ -137,6 +173,8 @@ def build(family, raw):
             raise InputError(f"{what} lacks {field.name}: get it again")
         if field.default is MISSING and not (isinstance(value, int) and value > 0):
             raise InputError(f"{what} gives {field.name} as {value!r}: it must be a positive number")
+        if "layer" in field.name and isinstance(value, int) and value > 1000:
+            raise InputError(f"{what} gives {field.name} as {value:,}: at most 1,000 blocks are built")
         if isinstance(field.default, (int, float)) and not isinstance(value, (int, float, type(None))):
             raise InputError(f"{what} gives {field.name} as {value!r}: write it as {field.default!r} is "
                              "written")
@@ -179,24 +217,21 @@ def load_tokenizer(ckpt) -> Tokenizer:
     for.
     """
     path = hub.find_file(ckpt, hub.TOKENIZERS)
-    try:
+    with interpreting(path, "get it again, or a newer version of the package `tokenizers`"):
         if path.name == "tokenizer.json":
             tokenizer = Tokenizer.from_file(str(path))
         else:
             tokenizer = from_vocabulary(ckpt, path)
-    except InputError:
-        raise
-    except Exception as error:  # the binding raises plain Exception
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        message = f"{path} cannot be read as a tokenizer: {reason}; delete it and get it again"
-        raise InputError(message) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    rows = hub.read_optional(ckpt, "config.json").get("vocab_size")
-    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if rows and tokens > rows:  # fewer tokens than rows is well: many embeddings are padded
-        raise InputError(f"{ckpt}: the tokenizer has {tokens} tokens, the model {rows}: take the tokenizer "
-                         "that the model was trained with")
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        keep_whole(tokenizer, hub.read_optional(ckpt, "tokenizer_config.json").get("never_split") or ())
+        check_growth(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        last = max(vocabulary, key=vocabulary.get, default="")
+        rows = hub.read_optional(ckpt, "config.json").get("vocab_size")
+        if rows and vocabulary and vocabulary[last] >= rows:  # fewer tokens: many embeddings are padded
+            raise InputError(f"{ckpt}: the tokenizer has {vocabulary[last] + 1} tokens, {last!r} last, "
+                             f"the model {rows}: take the tokenizer that the model was trained with")
     return tokenizer
 
 
@@ -223,9 +258,12 @@ def save_model(model, tokenizer, folder):
     if lora.layers(model):
         lora.save(model, folder)
     else:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path,
-                                                                              metadata={"format": "pt"}))
+        state = {}
+        for name, tensor in model.state_dict().items():
+            state[name] = distributed.whole(tensor.detach()).cpu().contiguous()
+        write_atomically(folder / "model.safetensors",
+                         lambda path: save_file(state, path, metadata={"format": "pt"}),
+                         sum(tensor.nbytes for tensor in state.values()))
 
     # ---- tokenizer; without tokenizer_config.json transformers picks a class by model_type and, for GPT-2,
     # loses the prefix space
@@ -249,6 +287,14 @@ def save_model(model, tokenizer, folder):
 def _write_json(path, value):
     text = json.dumps(value, indent=1, ensure_ascii=False)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def check_causal(model, ckpt):
+    """InputError unless the model can write texts and end them."""
+    if not hasattr(model, "head_weight"):
+        raise InputError(f"{ckpt} is no causal language model but an encoder: take one such as aragpt2-base")
+    if not eos_ids(model):
+        raise InputError(f"{ckpt} has no end-of-text token: its config.json must give eos_token_id")
 
 
 def eos_ids(model):

@@ -1,19 +1,17 @@
 """Packed sequences, the KV cache, and attention over both.
 
-A batch is one tensor of N tokens: whole sequences one after the other, nothing between them, no padding. What
-works on single tokens (embeddings, norms, MLPs, head, loss) does not notice. What looks at other tokens is a
-method of a sequences object: `attention`, and `history` for LFM2's short convolution. `PackedSequences` is
-for training and encoding, `KVCache` for decoding; a model's code is the same for both.
+A batch is one tensor of N tokens: whole sequences one after the other, without padding. What works on single
+tokens (embeddings, norms, MLPs, head, loss) does not notice. What looks at other tokens is a method of a
+sequences object: `attention`, and `history` for LFM2's short convolution. `PackedSequences` is for training
+and encoding, `KVCache` for decoding; a model's code is the same for both.
 
-Two things change what attention sees. `slopes` (H,), ALiBi: a key `distance` tokens back gets -slope *
-distance added to its score (Press et al. 2022). `window`: a token sees the `window` tokens that end with
-itself.
+slopes (H,): ALiBi; a key `distance` tokens back gets -slope * distance added to its score (Press et al.
+2022). window: a token sees the `window` tokens that end with itself.
 
 Attention probabilities get no dropout, whatever a config.json says: the flash kernel for packed sequences has
 none, and training is to be the same on every device. The other dropouts of config.json act.
 """
 
-from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -28,8 +26,7 @@ MANUAL_MAX_LENGTH = 256
 
 
 class PackedSequences:
-    """Sequences of the given lengths; each token sees its own sequence alone, and with causal=True only what
-    precedes it.
+    """Sequences of the given lengths; a token sees its own sequence, with causal=True what precedes it there.
 
     On the device: seqlens (B,); cu_seqlens (B + 1,) int32, where sequences begin and end; positions (N,), 0,
     1, ... within each sequence; sequence_ids (N,), which sequence a token belongs to.
@@ -44,8 +41,7 @@ class PackedSequences:
         self.seqlens = to_device(torch.tensor(self.lengths), device)
         self.cu_seqlens = F.pad(self.seqlens.cumsum(0), (1, 0)).to(torch.int32)
         tokens = sum(self.lengths)
-        sequences = torch.arange(len(self.lengths), device=device)
-        self.sequence_ids = sequences.repeat_interleave(self.seqlens, output_size=tokens)
+        self.sequence_ids = torch.repeat_interleave(self.seqlens, output_size=tokens)
         self.positions = torch.arange(tokens, device=device) - self.cu_seqlens[self.sequence_ids]
         self._masks = {}
 
@@ -59,8 +55,7 @@ class PackedSequences:
         return self._padded_attention(q, k, v, scale, slopes, window)
 
     def history(self, x, width, layer=None):
-        """x (N, D) -> (N, width, D): of the `width` tokens that end with each token; 0 before its
-        sequence."""
+        """x (N, D) -> (N, width, D): of the `width` tokens that end with each; 0 before its sequence."""
         shifted = []
         for distance in reversed(range(width)):
             earlier = F.pad(x, (0, 0, distance, 0))[:len(x)]  # row n is token n - distance
@@ -90,20 +85,16 @@ class PackedSequences:
         return torch.cat(outputs)
 
     def _flash_attention(self, q, k, v, scale, window):
-        """On CUDA, where `flash_takes` it and there is no ALiBi: PyTorch's flash kernel for packed
-        sequences."""
+        """On CUDA, where `flash_takes` it, without ALiBi: PyTorch's flash kernel for packed sequences."""
         from torch.nn.attention.varlen import varlen_attn  # here, as it takes a second to import
-        if self.causal:
-            window_size = (window - 1 if window else -1, 0)  # tokens seen before and after; -1: all
-        else:
-            window_size = (-1, -1)
+        before = window - 1 if window else -1  # tokens seen; -1: all
+        after = 0 if self.causal else -1
         return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen,
-                           scale=scale, window_size=window_size, enable_gqa=q.shape[1] != k.shape[1])
+                           scale=scale, window_size=(before, after), enable_gqa=q.shape[1] != k.shape[1])
 
     def _padded_attention(self, q, k, v, scale, slopes, window):
-        """On CUDA, otherwise (fp32, older GPUs, ALiBi, other head sizes): padded on the right, here alone.
-        Where only causality counts no real token sees padding, so no mask is needed and SDPA keeps its fast
-        kernels."""
+        """On CUDA, otherwise (fp32, older GPUs, ALiBi, other head sizes): padded on the right. Where
+        causality alone counts no token sees padding, so SDPA needs no mask and keeps its fast kernels."""
         batch, length = len(self.lengths), self.max_seqlen
         padded_index = self.sequence_ids * length + self.positions  # (N,)
 
@@ -111,15 +102,16 @@ class PackedSequences:
             padded = t.new_zeros(batch * length, *t.shape[1:]).index_copy(0, padded_index, t)
             return padded.unflatten(0, (batch, length)).transpose(1, 2)  # (B, H, T, d)
 
-        mask = None if self.causal else self._key_mask
+        mask = None
+        if not self.causal:  # (B, 1, 1, T): False where a key is padding
+            mask = torch.arange(length, device=q.device) < self.seqlens[:, None, None, None]
         out = self._sdpa(pad(q), pad(k), pad(v), scale, slopes, window, mask)  # (B, H, T, d)
         return out.transpose(1, 2).flatten(0, 1).index_select(0, padded_index)  # (N, H, d)
 
     # ------------------------------------------------------------------ what they share
 
     def _sdpa(self, q, k, v, scale, slopes, window, mask=None):
-        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d). is_causal where that says it all, else a
-        mask."""
+        """q (B, H, T, d), k and v (B, K, T, d) -> (B, H, T, d). A mask only where is_causal is not enough."""
         length = q.shape[2]
         if slopes is not None or (window is not None and window < length):
             mask = self._mask(length, slopes, window, q.dtype)
@@ -134,17 +126,12 @@ class PackedSequences:
             self._masks[key] = added_mask((t[:, None] - t)[None, None], slopes, window).to(dtype)
         return self._masks[key]
 
-    @cached_property
-    def _key_mask(self):
-        """(B, 1, 1, T): False where a key is padding."""
-        return torch.arange(self.max_seqlen, device=self.seqlens.device) < self.seqlens[:, None, None, None]
-
 
 class KVCache:
     """Decoding: the model's first call reads the prompts, packed; every later one a new token of each
     sequence. Between two calls: `advance`, and `select` where sequences have ended.
 
-    A layer's keys and values (or a convolution's inputs) lie in buffers (B, K, room, d), each sequence from
+    buffers: layer -> its keys and values (or a convolution's inputs), (B, K, room, d), each sequence from
     position 0 on; they grow by ROOM tokens. positions (N,), sequence_ids (N,): of the next call's tokens;
     lengths, max_seqlen: with them.
     """
@@ -158,7 +145,7 @@ class KVCache:
         self.positions = self.prompts.positions
         self.sequence_ids = self.prompts.sequence_ids
         self.room = self.max_seqlen + self.ROOM
-        self.buffers = {}  # layer -> list of tensors
+        self.buffers = {}
 
     def advance(self):
         """After each call of the model: the next one holds one token of each sequence."""
@@ -177,7 +164,7 @@ class KVCache:
                 self.buffers[layer] = [F.pad(buffer, (0, 0, 0, self.ROOM)) for buffer in buffers]
 
     def select(self, rows):
-        """After `advance`: only the sequences `rows`, a list, go on, in this order. A row that stays in its
+        """After `advance`: only the sequences `rows`, a list, go on, in this order. A row that stays in
         place is not copied: where one ends, let the last one take its place."""
         moves = [(row, place) for place, row in enumerate(rows) if row != place]
         moves = to_device(torch.tensor(moves, dtype=torch.int64).reshape(-1, 2), self.positions.device)
@@ -218,16 +205,15 @@ class KVCache:
     def _store(self, layer, *tensors):
         """tensors (N, K, d), of the tokens of this call -> the layer's buffers, which hold them now."""
         if layer not in self.buffers:
-            shapes = [(len(self.lengths), t.shape[1], self.room, t.shape[2]) for t in tensors]
-            self.buffers[layer] = [t.new_zeros(shape) for t, shape in zip(tensors, shapes)]
+            batch = len(self.lengths)
+            self.buffers[layer] = [t.new_zeros(batch, t.shape[1], self.room, t.shape[2]) for t in tensors]
         for buffer, t in zip(self.buffers[layer], tensors):
             buffer[self.sequence_ids, :, self.positions] = t
         return self.buffers[layer]
 
 
 def flash_takes(q):
-    """Whether PyTorch's flash kernel takes q (N, H, d): 16 bits, Ampere or newer, d a multiple of 8 up to
-    256."""
+    """Whether flash attention takes q (N, H, d): 16 bits, Ampere or newer, d a multiple of 8 up to 256."""
     head_dim = q.shape[-1]
     return (q.dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
             and torch.cuda.get_device_capability(q.device) >= (8, 0))
@@ -236,8 +222,7 @@ def flash_takes(q):
 def manual_attention(q, k, v, mask, scale):
     """softmax(q k^T scale + mask) v, by plain products; it keeps Q T numbers a head for the gradient.
 
-    q (B, H, Q, d), k and v (B, K, T, d), where K divides H, mask broadcast to (B, H, Q, T) or None -> (B, H,
-    Q, d).
+    q (B, H, Q, d), k and v (B, K, T, d), mask None or broadcast to (B, H, Q, T) -> (B, H, Q, d).
     """
     shape = q.shape
     if scale is None:
@@ -269,3 +254,10 @@ def check_context(sequences, context):
     if sequences.max_seqlen > context:
         raise InputError(f"a text has {sequences.max_seqlen} tokens, the model reads {context}: "
                          "lower --max-length")
+
+
+def check_heads(config, whole, part):
+    """InputError unless config.json's `whole`, a width or a number of heads, is a multiple of its `part`."""
+    if getattr(config, whole) % getattr(config, part):
+        raise InputError(f"{whole} {getattr(config, whole)} in config.json is not a multiple of "
+                         f"{part} {getattr(config, part)}")

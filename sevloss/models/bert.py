@@ -1,7 +1,6 @@
 """BERT: an encoder, with a classification head where asked for. Names are those of the checkpoints.
 
-Source: Devlin et al. 2019. Embeddings are word + token type 0 + position, then LayerNorm; blocks have their
-norms last.
+Source: Devlin et al. 2019.
 """
 
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.attention import PackedSequences, check_context
+from sevloss.models.attention import PackedSequences, check_context, check_heads
 
 
 @dataclass
@@ -33,10 +32,7 @@ class BertConfig:
     pooler: bool = False
     num_labels: int = 0
     pooling: str = "first"
-
-    @property
-    def context(self):
-        return self.max_position_embeddings
+    context = property(lambda config: config.max_position_embeddings)
 
 
 class Embeddings(nn.Module):
@@ -50,8 +46,7 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens, positions):
         h = self.word_embeddings(tokens) + self.position_embeddings(positions)  # (N, D)
-        h = h + self.token_type_embeddings.weight[0]
-        return self.dropout(self.LayerNorm(h))
+        return self.dropout(self.LayerNorm(h + self.token_type_embeddings.weight[0]))
 
 
 class SelfAttention(nn.Module):
@@ -83,10 +78,12 @@ class Output(nn.Module):
 
 
 class Layer(nn.Module):
+    """The norms come last: after attention, and after the feed-forward."""
+
     def __init__(self, config):
         super().__init__()
-        self.attention = nn.ModuleDict({"self": SelfAttention(config),
-                                        "output": Output(config, config.hidden_size)})
+        output = Output(config, config.hidden_size)
+        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": output})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
         self.output = Output(config, config.intermediate_size)
 
@@ -104,29 +101,31 @@ class Bert(nn.Module):
     prefix = "bert."
     optional_keys = ("bert.pooler.", "classifier.", "mean_classifier.")  # initialised then
     ignored_keys = r"^cls\.|embeddings\.position_ids$"
+    blocks = property(lambda model: model.bert["encoder"]["layer"])
 
     def __init__(self, config):
         super().__init__()
         if config.hidden_act != "gelu" or config.position_embedding_type != "absolute":
             raise InputError("only BERT with gelu and absolute positions is known; config.json says "
                              f"{config.hidden_act!r} and {config.position_embedding_type!r}")
-        if config.hidden_size % config.num_attention_heads:
-            raise InputError(f"hidden_size {config.hidden_size} in config.json is not a multiple of "
-                             f"num_attention_heads {config.num_attention_heads}")
+        check_heads(config, "hidden_size", "num_attention_heads")
         self.config = config
+        self.architecture = "BertModel"
         layers = [Layer(config) for _ in range(config.num_hidden_layers)]
-        self.bert = nn.ModuleDict({
-            "embeddings": Embeddings(config),
-            "encoder": nn.ModuleDict({"layer": nn.ModuleList(layers)}),
-        })
+        encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        self.bert = nn.ModuleDict({"embeddings": Embeddings(config), "encoder": encoder})
         if config.pooler or (config.num_labels and config.pooling == "first"):
             self.bert["pooler"] = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
         if config.num_labels:
             rate = config.classifier_dropout
             self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
+            head = nn.Linear(config.hidden_size, config.num_labels)
             # Two names: a class of `transformers` that knows the first alone must not take the second for it.
-            name = "classifier" if config.pooling == "first" else "mean_classifier"
-            self.register_module(name, nn.Linear(config.hidden_size, config.num_labels))
+            if config.pooling == "first":
+                self.classifier = head
+                self.architecture = "BertForSequenceClassification"
+            else:
+                self.mean_classifier = head
 
     @staticmethod
     def normalize_config(raw, names):
@@ -134,26 +133,16 @@ class Bert(nn.Module):
         new head reads the first token through the pooler; where the checkpoint has no pooler, the mean of all
         tokens, which needs none."""
         pooler = any("pooler." in name for name in names)
-        pooling = "first" if pooler else "mean"
         stored_labels = len(raw.get("id2label") or (0, 1))
         if "classifier.weight" in names:
             pooling = "first"
         elif "mean_classifier.weight" in names:
             pooling = "mean"
         else:
+            pooling = "first" if pooler else "mean"
             stored_labels = 0
         num_labels = raw.get("num_labels") or stored_labels
         return {**raw, "num_labels": num_labels, "pooler": pooler, "pooling": pooling}
-
-    @property
-    def architecture(self):
-        if self.config.num_labels and self.config.pooling == "first":
-            return "BertForSequenceClassification"
-        return "BertModel"
-
-    @property
-    def blocks(self):
-        return self.bert["encoder"]["layer"]
 
     def forward(self, tokens, lengths):
         return self.hidden_states(tokens, lengths, self.config.num_hidden_layers)
@@ -162,24 +151,22 @@ class Bert(nn.Module):
         """(N, D) after block `layer`, counted from 1; 0 is the embeddings."""
         if not 0 <= layer <= self.config.num_hidden_layers:
             raise InputError(f"block {layer} does not exist: the encoder has {self.config.num_hidden_layers}")
-        return self._encode(tokens, PackedSequences(lengths, tokens.device, causal=False), layer)
-
-    def _encode(self, tokens, sequences, layers):
+        sequences = PackedSequences(lengths, tokens.device, causal=False)
         check_context(sequences, self.config.context)
         h = self.bert["embeddings"](tokens, sequences.positions)  # (N, D)
-        for block in self.blocks[:layers]:
+        for block in self.blocks[:layer]:
             h = block(h, sequences)
         return h
 
     def classify(self, tokens, lengths):
         """Class logits (B, num_labels), from each sequence's first token through the tanh pooler, or from the
         mean of its tokens."""
+        h = self(tokens, lengths)  # (N, D)
         sequences = PackedSequences(lengths, tokens.device, causal=False)
-        h = self._encode(tokens, sequences, self.config.num_hidden_layers)  # (N, D)
         if self.config.pooling == "mean":
-            sums = h.new_zeros(len(lengths), h.shape[1], dtype=torch.float32)  # (B, D)
-            sums = sums.index_add(0, sequences.sequence_ids, h.float())
+            sums = h.new_zeros(len(lengths), h.shape[1], dtype=torch.float32)
+            sums = sums.index_add(0, sequences.sequence_ids, h.float())  # (B, D)
             return self.mean_classifier(self.dropout(sums / sequences.seqlens[:, None]))
         first = h.index_select(0, sequences.cu_seqlens[:-1])  # (B, D)
-        pooled = torch.tanh(self.bert["pooler"]["dense"](first))
+        pooled = self.bert["pooler"]["dense"](first).tanh()
         return self.classifier(self.dropout(pooled))

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sevloss import InputError
-from sevloss.models.attention import PackedSequences
+from sevloss.models.attention import PackedSequences, check_heads
 
 
 @dataclass
@@ -26,17 +25,13 @@ class BloomConfig:
     hidden_dropout: float = 0.0  # attention_dropout is not read: attention.py says why
     tie_word_embeddings: bool = True
     model_type: str = "bloom"
-    bos_token_id: int | None = None
     eos_token_id: int | list | None = None
-
-    @property
-    def context(self):
-        return self.seq_length
+    context = property(lambda config: config.seq_length)
 
 
 def alibi_slopes(heads, device):
     """(H,) 2^(-8/n), 2^(-16/n), ... for n heads; where n is no power of two, those of the next smaller power,
-    then every other one of the next larger power. Made on the device: a copy would make the host wait."""
+    then every other one of the next larger. Made on the device: a copy would make the host wait."""
     n = 2 ** math.floor(math.log2(heads))
     exponents = 8 / n * (torch.arange(n, device=device) + 1)
     between = 4 / n * (2 * torch.arange(heads - n, device=device) + 1)
@@ -59,15 +54,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """(N, D) -> (N, 4 D) -> (N, D)"""
-
     def __init__(self, config):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size)
         self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size)
 
     def forward(self, x):
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+        inner = F.gelu(self.dense_h_to_4h(x), approximate="tanh")  # (N, 4 D)
+        return self.dense_4h_to_h(inner)  # (N, D)
 
 
 class Block(nn.Module):
@@ -90,7 +84,7 @@ class Block(nn.Module):
 
 
 class Bloom(nn.Module):
-    """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
+    """tokens (N,), lengths or KVCache -> hidden (N, D) after the last norm; logits: hidden @ head_weight.T"""
 
     Config = BloomConfig
     architecture = "BloomForCausalLM"
@@ -98,12 +92,11 @@ class Bloom(nn.Module):
     optional_keys = ()
     ignored_keys = r"\0"  # nothing
     lora_targets = ("query_key_value",)
+    blocks = property(lambda model: model.transformer["h"])
 
     def __init__(self, config):
         super().__init__()
-        if config.hidden_size % config.n_head:
-            raise InputError(f"hidden_size {config.hidden_size} in config.json is not a multiple of "
-                             f"n_head {config.n_head}")
+        check_heads(config, "hidden_size", "n_head")
         self.config = config
         self.transformer = nn.ModuleDict({
             "word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -121,17 +114,11 @@ class Bloom(nn.Module):
         return {**{new: raw[name] for new, name in old.items() if name in raw}, **raw}
 
     @property
-    def blocks(self):
-        return self.transformer["h"]
-
-    @property
-    def head_weight(self):
-        """(V, D)"""
+    def head_weight(self):  # (V, D)
         embedding = self.transformer["word_embeddings"]
         return embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens, lengths=None, cache=None):
-        """lengths: of the packed sequences; when decoding, a `KVCache` takes their place."""
         sequences = cache or PackedSequences(lengths, tokens.device, causal=True)
         slopes = alibi_slopes(self.config.n_head, tokens.device)
         h = self.transformer["word_embeddings"](tokens)  # (N, D)

@@ -1,7 +1,7 @@
 """GPT-2, and the variant of AraGPT2-large and -mega (the norms placed as in GROVER).
 
-Module and parameter names are those of the checkpoints. Linear weights are stored (in, out).
-Sources: Radford et al. 2019; Zellers et al. 2019 (GROVER); Antoun et al. 2021 (AraGPT2).
+Names are those of the checkpoints. Sources: Radford et al. 2019; Zellers et al. 2019 (GROVER); Antoun et al.
+2021 (AraGPT2).
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.attention import PackedSequences, check_context
+from sevloss.models.attention import PackedSequences, check_context, check_heads
 
 ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -37,12 +37,8 @@ class GPT2Config:
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True
     model_type: str = "gpt2"
-    bos_token_id: int | None = None
     eos_token_id: int | list | None = None
-
-    @property
-    def context(self):
-        return self.n_positions
+    context = property(lambda config: config.n_positions)
 
 
 class Conv1D(nn.Module):
@@ -76,8 +72,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """(N, D) -> (N, inner) -> (N, D)"""
-
     def __init__(self, config):
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
@@ -86,7 +80,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x):
-        return self.c_proj(self.activation(self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_fc(x)))  # (N, D) -> (N, inner) -> (N, D)
 
 
 class Block(nn.Module):
@@ -112,7 +106,7 @@ class GroverBlock(Block):
 
 
 class GPT2(nn.Module):
-    """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
+    """tokens (N,), lengths or KVCache -> hidden (N, D) after the last norm; logits: hidden @ head_weight.T"""
 
     Config = GPT2Config
     architecture = "GPT2LMHeadModel"
@@ -120,15 +114,14 @@ class GPT2(nn.Module):
     optional_keys = ()
     ignored_keys = r"(^|\.)attn\.(bias|masked_bias)$"  # old checkpoints carry the causal mask
     lora_targets = ("c_attn", "c_proj")
+    blocks = property(lambda model: model.transformer["h"])
 
     def __init__(self, config):
         super().__init__()
         if config.activation_function not in ACTIVATIONS:
             raise InputError(f"activation_function {config.activation_function!r} in config.json is not "
                              f"known; known: {', '.join(ACTIVATIONS)}")
-        if config.n_embd % config.n_head:
-            raise InputError(f"n_embd {config.n_embd} in config.json is not a multiple of "
-                             f"n_head {config.n_head}")
+        check_heads(config, "n_embd", "n_head")
         self.config = config
         grover = config.model_type == "aragpt2"
         block_class = GroverBlock if grover else Block
@@ -150,17 +143,10 @@ class GPT2(nn.Module):
         return raw
 
     @property
-    def blocks(self):
-        return self.transformer["h"]
-
-    @property
-    def head_weight(self):
-        """(V, D)"""
-        embedding = self.transformer["wte"]
-        return embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
+    def head_weight(self):  # (V, D)
+        return self.transformer["wte"].weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens, lengths=None, cache=None):
-        """lengths: of the packed sequences; when decoding, a `KVCache` takes their place."""
         sequences = cache or PackedSequences(lengths, tokens.device, causal=True)
         check_context(sequences, self.config.context)
         h = self.transformer["wte"](tokens) + self.transformer["wpe"](sequences.positions)  # (N, D)

@@ -1,7 +1,6 @@
 """LFM2: some blocks attend, the others mix neighbouring tokens by a gated short convolution.
 
-Names are those of the checkpoints. Source: Liquid AI 2025 (LFM2), and its class in `transformers` for what
-the report leaves out.
+Names are those of the checkpoints. Source: Liquid AI 2025 (LFM2), and for what it leaves out `transformers`.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.attention import PackedSequences, check_context
+from sevloss.models.attention import PackedSequences, check_context, check_heads
 from sevloss.models.llama import RMSNorm, rope_settings, rotary_angles, rotate
 
 
@@ -35,21 +34,13 @@ class Lfm2Config:
     block_multiple_of: int = 256
     tie_word_embeddings: bool = True
     model_type: str = "lfm2"
-    bos_token_id: int | None = None
     eos_token_id: int | list | None = None
-
-    @property
-    def context(self):
-        return self.max_position_embeddings
-
-    @property
-    def head_dim(self):
-        return self.hidden_size // self.num_attention_heads
+    context = property(lambda config: config.max_position_embeddings)
+    head_dim = property(lambda config: config.hidden_size // config.num_attention_heads)
 
     @property
     def inner(self):
-        """Width of the feed-forward: two thirds of intermediate_size, times the multiplier, up to a multiple
-        of block_multiple_of."""
+        """Width of the feed-forward: 2/3 of intermediate_size, times the multiplier, rounded up."""
         if not self.block_auto_adjust_ff_dim:
             return self.intermediate_size
         inner = int(2 * self.intermediate_size / 3)
@@ -74,7 +65,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(1, (-1, self.head_dim))  # (N, H, d)
         k = self.k_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
         v = self.v_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
-        q = rotate(self.q_layernorm(q), *angles).to(v.dtype)  # not q's, see llama.py
+        q = rotate(self.q_layernorm(q), *angles).to(v.dtype)
         k = rotate(self.k_layernorm(k), *angles).to(v.dtype)
         out = sequences.attention(q, k, v, self.layer)  # (N, H, d)
         return self.out_proj(out.flatten(1))  # (N, D)
@@ -102,8 +93,6 @@ class ShortConvolution(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """(N, D) -> (N, inner) -> (N, D)"""
-
     def __init__(self, config):
         super().__init__()
         self.w1 = nn.Linear(config.hidden_size, config.inner, bias=False)
@@ -111,7 +100,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.inner, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (N, D) -> (N, inner) -> (N, D)
 
 
 class Block(nn.Module):
@@ -133,7 +122,7 @@ class Block(nn.Module):
 
 
 class Lfm2(nn.Module):
-    """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
+    """tokens (N,), lengths or KVCache -> hidden (N, D) after the last norm; logits: hidden @ head_weight.T"""
 
     Config = Lfm2Config
     architecture = "Lfm2ForCausalLM"
@@ -141,6 +130,7 @@ class Lfm2(nn.Module):
     optional_keys = ()
     ignored_keys = r"\0"  # nothing
     lora_targets = ("q_proj", "v_proj")
+    blocks = property(lambda model: model.model["layers"])
 
     def __init__(self, config):
         super().__init__()
@@ -148,9 +138,7 @@ class Lfm2(nn.Module):
         if len(types) != config.num_hidden_layers or not set(types) <= {"full_attention", "conv"}:
             raise InputError("layer_types in config.json must say full_attention or conv for each of "
                              f"{config.num_hidden_layers} blocks; it is {config.layer_types}")
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise InputError(f"num_attention_heads {config.num_attention_heads} in config.json is not a "
-                             f"multiple of num_key_value_heads {config.num_key_value_heads}")
+        check_heads(config, "num_attention_heads", "num_key_value_heads")
         self.config = config
         self.rope = rope_settings(config)
         self.model = nn.ModuleDict({
@@ -164,28 +152,18 @@ class Lfm2(nn.Module):
     @staticmethod
     def normalize_config(raw, names):
         """Old files: block_ff_dim, full_attn_idxs and tie_embedding, which go before the new names."""
-        raw = dict(raw)
-        if "block_ff_dim" in raw:
-            raw["intermediate_size"] = raw["block_ff_dim"]
+        new_names = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
+        raw = raw | {new: raw[old] for old, new in new_names.items() if old in raw}
         if raw.get("full_attn_idxs") is not None:
             layers = range(raw.get("num_hidden_layers", 0))
             raw["layer_types"] = ["full_attention" if i in raw["full_attn_idxs"] else "conv" for i in layers]
-        if "tie_embedding" in raw:
-            raw["tie_word_embeddings"] = raw["tie_embedding"]
         return raw
 
     @property
-    def blocks(self):
-        return self.model["layers"]
-
-    @property
-    def head_weight(self):
-        """(V, D)"""
-        embedding = self.model["embed_tokens"]
-        return embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
+    def head_weight(self):  # (V, D)
+        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens, lengths=None, cache=None):
-        """lengths: of the packed sequences; when decoding, a `KVCache` takes their place."""
         sequences = cache or PackedSequences(lengths, tokens.device, causal=True)
         check_context(sequences, self.config.context)
         angles = rotary_angles(self.rope, sequences.positions, self.config.head_dim)

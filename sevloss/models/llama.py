@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.attention import PackedSequences, check_context
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+from sevloss.models.attention import PackedSequences, check_context, check_heads
 
 
 @dataclass
@@ -40,12 +38,8 @@ class LlamaConfig:
     layer_types: list | None = None
     tie_word_embeddings: bool = False
     model_type: str = "llama"
-    bos_token_id: int | None = None
     eos_token_id: int | list | None = None
-
-    @property
-    def context(self):
-        return self.max_position_embeddings
+    context = property(lambda config: config.max_position_embeddings)
 
     def window(self, layer):
         """How many tokens attention sees in this layer; None: all."""
@@ -59,8 +53,7 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; inside, in fp32 whatever the dtype of
-    x."""
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; inside, in fp32 whatever the dtype."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -68,7 +61,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        x = x.to(self.weight.dtype)  # not the weight to x's: under autocast that would round it to 16 bits
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_settings(config):
@@ -82,8 +76,7 @@ def rope_settings(config):
 
 
 def rotary_angles(rope, positions, head_dim):
-    """positions (N,) -> cos, sin (N, 1, d / 2) in fp32: in 16 bits, positions beyond a few hundred would run
-    into one another."""
+    """positions (N,) -> cos, sin (N, 1, d / 2) in fp32: in 16 bits, large positions would become one."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     frequency = rope["rope_theta"] ** -exponents  # (d / 2,)
     if rope["rope_type"] == "linear":
@@ -99,8 +92,7 @@ def rotary_angles(rope, positions, head_dim):
 
 
 def rotate(x, cos, sin):
-    """x (N, H, d) -> in fp32; the first half of d is turned with the second (halves, not neighbouring
-    pairs)."""
+    """x (N, H, d) -> in fp32; the first half of d is turned with the second (not neighbours in pairs)."""
     a, b = x.float().chunk(2, dim=-1)  # each (N, H, d / 2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -110,9 +102,6 @@ class Attention(nn.Module):
         super().__init__()
         heads = config.num_attention_heads
         kv_heads = config.num_key_value_heads or heads
-        if heads % kv_heads:
-            raise InputError(f"num_attention_heads {heads} in config.json is not a multiple of "
-                             f"num_key_value_heads {kv_heads}")
         self.head_dim = config.head_dim or config.hidden_size // heads
         self.layer = layer
         self.window = config.window(layer)
@@ -121,27 +110,23 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
-        self.has_norms = config.model_type == "qwen3"  # on each head's q and k, before they are rotated
-        if self.has_norms:
+        if config.model_type == "qwen3":  # on each head, before the rotation
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, sequences, angles):
         q = self.q_proj(x).unflatten(1, (-1, self.head_dim))  # (N, H, d)
         k = self.k_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
         v = self.v_proj(x).unflatten(1, (-1, self.head_dim))  # (N, K, d)
-        if self.has_norms:
-            q = self.q_norm(q)
-            k = self.k_norm(k)
-        q = rotate(q, *angles).to(v.dtype)  # not q's: on CUDA autocast makes the norms' outputs fp32
-        k = rotate(k, *angles).to(v.dtype)
+        q = rotate(self.q_norm(q), *angles).to(v.dtype)
+        k = rotate(self.k_norm(k), *angles).to(v.dtype)
         out = sequences.attention(q, k, v, self.layer, window=self.window)  # (N, H, d)
         return self.o_proj(out.flatten(1))  # (N, D)
 
 
 class MLP(nn.Module):
-    """(N, D) -> (N, inner) -> (N, D)"""
-
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -149,7 +134,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (N, D) -> (N, inner) -> (N, D)
 
 
 class Block(nn.Module):
@@ -166,20 +151,24 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """tokens (N,), lengths -> hidden states (N, D) after the last norm; logits are hidden @ head_weight.T."""
+    """tokens (N,), lengths or KVCache -> hidden (N, D) after the last norm; logits: hidden @ head_weight.T"""
 
     Config = LlamaConfig
     prefix = "model."
     optional_keys = ()
     ignored_keys = r"rotary_emb\.inv_freq$"  # old checkpoints carry the frequencies
     lora_targets = ("q_proj", "v_proj")
+    blocks = property(lambda model: model.model["layers"])
 
     def __init__(self, config):
         super().__init__()
         if config.hidden_act != "silu":
             raise InputError(f"hidden_act {config.hidden_act!r} in config.json is not known; "
                              f"a {config.model_type} has silu")
+        if config.num_key_value_heads:
+            check_heads(config, "num_attention_heads", "num_key_value_heads")
         self.config = config
+        self.architecture = config.model_type.capitalize() + "ForCausalLM"  # Qwen2ForCausalLM
         self.rope = rope_settings(config)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -192,26 +181,15 @@ class Llama(nn.Module):
     @staticmethod
     def normalize_config(raw, names):
         """What a config.json of `transformers` may leave out differs between the three."""
-        defaults = {"qwen2": {"max_position_embeddings": 32768},
+        defaults = {"llama": {}, "qwen2": {"max_position_embeddings": 32768},
                     "qwen3": {"max_position_embeddings": 32768, "head_dim": 128}}
-        return defaults.get(raw["model_type"], {}) | raw
+        return defaults[raw["model_type"]] | raw
 
     @property
-    def architecture(self):
-        return ARCHITECTURES[self.config.model_type]
-
-    @property
-    def blocks(self):
-        return self.model["layers"]
-
-    @property
-    def head_weight(self):
-        """(V, D)"""
-        embedding = self.model["embed_tokens"]
-        return embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
+    def head_weight(self):  # (V, D)
+        return self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens, lengths=None, cache=None):
-        """lengths: of the packed sequences; when decoding, a `KVCache` takes their place."""
         sequences = cache or PackedSequences(lengths, tokens.device, causal=True)
         check_context(sequences, self.config.context)
         angles = rotary_angles(self.rope, sequences.positions, self.blocks[0].self_attn.head_dim)

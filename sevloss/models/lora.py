@@ -5,22 +5,28 @@ Adapters are stored in the format of the package `peft`, which opens them.
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sevloss import InputError, write_atomically
+from sevloss import InputError, distributed, interpreting, write_atomically
 from sevloss.inputs import hub
 from sevloss.models.gpt2 import Conv1D
 
 PREFIX = "base_model.model."  # of names in peft's files
 
-# Settings of peft that change what adapters compute, and the values that mean: not used.
-UNSUPPORTED = {"peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None),
-               "use_rslora": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
-               "modules_to_save": ([], None), "layers_to_transform": ([], None)}
+# Of peft's settings, those that are read, and those that change nothing in what trained adapters compute. Any
+# other must be off: peft's next version may have more.
+READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "base_model_name_or_path")
+WITHOUT_EFFECT = ("task_type", "inference_mode", "peft_version", "auto_mapping", "fan_in_fan_out",
+                  "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config")
+OFF = ("null", "false", "{}", "[]", '"none"')
+# Other ways to begin, PiSSA and OLoRA among them, change the base's weights
+ALLOWED = {"peft_type": ('"LORA"',), "init_lora_weights": ("true", "false", '"gaussian"'),
+           "revision": ("null", '"main"')}
 
 
 class LoRALinear(nn.Module):
@@ -56,24 +62,32 @@ class LoRALinear(nn.Module):
         return self.base_layer
 
 
-def attach(model, r, *, alpha, dropout=0.0, targets=None):
+def attach(model, r, *, alpha, dropout=0.0, targets=None, excluded=()):
     """Freezes `model` and gives LoRA layers to every linear layer whose name ends in one of `targets`
-    (default: the family's)."""
-    targets = list(targets or model.lora_targets)
+    (default: the family's) and in none of `excluded`. Like peft, takes a string in place of a list for a
+    regular expression of whole names."""
+    targets = targets or list(model.lora_targets)
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    names = set()
-    for target in targets:
-        matching = [name for name in linear if name == target or name.endswith("." + target)]
-        if not matching:
-            known = sorted({name.rpartition(".")[2] for name in linear})
-            raise InputError(f"--lora-targets: the model has no linear layers called {target!r}; "
-                             f"it has {', '.join(known)}")
-        names.update(matching)
+    names = _matching(linear, targets)
+    if isinstance(targets, str):
+        unknown = [] if names else [targets]
+    else:
+        unknown = [target for target in targets if not _matching(linear, [target])]
+    if unknown:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise InputError(f"LoRA targets: the model has no linear layers called {unknown[0]!r}; "
+                         f"it has {', '.join(known)}")
     model.requires_grad_(False)
-    for name in sorted(names):
+    for name in sorted(names - _matching(linear, excluded)):
         layer = LoRALinear(model.get_submodule(name), r, alpha, dropout)
         model.set_submodule(name, layer.train(model.training))
     model.lora_config = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
+
+
+def _matching(names, targets):
+    if isinstance(targets, str):
+        return {name for name in names if re.fullmatch(targets, name)}
+    return {name for name in names for target in targets if f".{name}".endswith(f".{target}")}
 
 
 def layers(model):
@@ -99,28 +113,32 @@ def merge(model):
 def save(model, folder):
     """adapter_config.json and adapter_model.safetensors, as `peft` writes them."""
     folder = Path(folder)
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights(model).items()}
+    tensors = {name: distributed.whole(weight.detach()).cpu().contiguous()
+               for name, weight in weights(model).items()}
     write_atomically(folder / "adapter_model.safetensors",
                      lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     transposed = any(layer.transposed for layer in layers(model).values())
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base,
               "bias": "none", "fan_in_fan_out": transposed, "inference_mode": True, **model.lora_config}
     text = json.dumps(config, indent=1, ensure_ascii=False)
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    write_atomically(folder / "adapter_config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load(model, folder):
     """Attaches the adapters of `folder`, ours or peft's, to their base model."""
     # what they are
-    config = hub.read_json(Path(folder) / "adapter_config.json")
-    for key, allowed in UNSUPPORTED.items():
-        if config.get(key) not in allowed:
+    path = Path(folder) / "adapter_config.json"
+    config = hub.read_json(path)
+    for key in sorted(config.keys() - {*READ, *WITHOUT_EFFECT}):
+        if json.dumps(config[key]) not in ALLOWED.get(key, OFF):
             raise InputError(f"{folder}: adapters with {key} {config[key]!r} are not known; "
                              "merge them with the package that made them")
-    r, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    if not (isinstance(r, int) and isinstance(alpha, (int, float)) and isinstance(targets, list)):
-        raise InputError(f"{folder}/adapter_config.json must give r, lora_alpha and a list target_modules")
-    attach(model, r, alpha=alpha, dropout=config.get("lora_dropout", 0.0), targets=targets)
+    with interpreting(path):
+        r, alpha = config["r"], config["lora_alpha"]
+        if not (0 < r < 10_000 and math.isfinite(alpha) and config["target_modules"]):
+            raise ValueError(f"r {r}, lora_alpha {alpha}, target_modules {config['target_modules']!r}")
+        attach(model, r, alpha=alpha, dropout=config.get("lora_dropout", 0.0),
+               targets=config["target_modules"], excluded=config.get("exclude_modules") or ())
 
     # their weights
     expected = weights(model)
@@ -135,4 +153,6 @@ def load(model, folder):
             if tensor.shape != weight.shape:
                 raise InputError(f"{folder}: {name} has shape {tuple(tensor.shape)}, "
                                  f"the base asks for {tuple(weight.shape)}")
+            if not tensor.isfinite().all():
+                raise InputError(f"{folder}: {name} has a value that is no number or infinite")
             weight.copy_(tensor)

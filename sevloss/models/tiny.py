@@ -1,5 +1,4 @@
-"""`--ckpt tiny`: a small model with random weights and a vocabulary trained on the data; needs no
-download."""
+"""`--ckpt tiny`: a small model with random weights and a vocabulary trained on the data; no download."""
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
