@@ -175,12 +175,9 @@ def _setting_names(groups):
 
 def choose_control(settings, answers, against):
     """The setting with the run `against`; else the first one with equal weights; else the first one."""
-    equal = [a.name for a in answers if len(set(a.run.get("coefficients", "01"))) == 1]
-    for runs in ([against], equal):
-        for setting in settings:
-            if set(runs) & set(setting.runs):
-                return setting
-    return settings[0]
+    runs = [against, *(a.name for a in answers if len(set(a.run.get("coefficients", "01"))) == 1)]
+    chosen = [setting for run in runs for setting in settings if run in setting.runs]
+    return (chosen or settings)[0]
 
 
 def pair_runs(control, setting):
@@ -246,8 +243,7 @@ def evaluate(answers, bertscores, notes, against=None):
     contrast = next((name for name, weights in groups.items() if "minus" in weights), None)
     row_scores = {a.name: scores_of(a, bertscores.get(a.name)) for a in answers}
     tokens = {a.name: np.array([row.tokens for row in a.rows]) for a in answers}
-    score_names = list(row_scores[answers[0].name])
-    score_names.insert(1, "NLL over tokens")
+    score_names = ["NLL", "NLL over tokens", *list(row_scores[answers[0].name])[1:]]
 
     def of_runs(runs, score):
         """Values of runs with the same tokens, (S, n), and the rows' counts, (n,)."""
