@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sevloss import severity
-from sevloss.evaluation import compare, scores
+from sevloss.evaluation import compare, findings, scores
 from sevloss.evaluation.findings import Answer, Answers, evaluate, settings_of
 
 PROTOCOL = {"table": "t.csv", "rows": 60, "fingerprint": "0", "split": "test", "max_new_tokens": 8, "temperature": 0.0,
@@ -204,6 +204,18 @@ def test_verdicts_are_on_two_endpoints_alone():
     assert result["summary"] == [
         "Compared with none, how well the model foresees what doctors wrote: better with mild.",
         "Whether it shifts towards critical complaints: no shift found with mild."]
+
+
+def test_findings_are_corrected_for_all_that_is_tested():
+    """p = 0.03 alone would be one; beside two other tests it is none."""
+    verdicts = []
+    for p in (0.03, 0.001, 0.04, math.nan):
+        difference = compare.Estimate(-1.0, -2.0, -0.1, 0.4, 5.0, 60.0, seeds=3, p=p)
+        verdicts.append(findings.Verdict("mild", "none", "NLL", [0, 1, 2], difference))
+    findings.judge(verdicts, {}, None)
+    assert [v.finding for v in verdicts] == [findings.NO_DIFFERENCE, "is better than", findings.NO_DIFFERENCE,
+                                             "no verdict"]
+    assert [v.p_holm for v in verdicts[:3]] == pytest.approx([0.06, 0.003, 0.06])
 
 
 @pytest.mark.parametrize("change, finding, summary", [
