@@ -28,6 +28,7 @@ from sevloss import (
     device,
     distributed,
     interpreting,
+    lock,
     report_errors,
     terminal,
 )
@@ -294,7 +295,8 @@ def main():
     args.device = distributed.start(args.device)
     annotate_only = bool(args.annotate) and not args.data
     if args.annotate:  # what would fail should fail before hours of training
-        annotate.check_target(args.to)
+        with lock(f"{args.to}.lock"):  # removes that of a stop after the last step
+            annotate.check_target(args.to)
         data.file_fingerprint(args.annotate)
     if annotate_only and not (Path(args.ckpt) / "classifier.json").is_file():
         raise InputError(f"{args.ckpt} is no finished run of this script, so it cannot annotate: give one, "
