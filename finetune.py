@@ -16,7 +16,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sevloss import InputError, check_positive, checkpoint, data, device, report_errors, stop, terminal
+from sevloss import (
+    InputError,
+    check_positive,
+    checkpoint,
+    data,
+    device,
+    distributed,
+    report_errors,
+    stop,
+    terminal,
+)
 from sevloss.classifier import annotate
 from sevloss.evaluation import scores
 from sevloss.inputs import tables
@@ -85,6 +95,7 @@ def parse_arguments():
     add("--gradient-checkpointing", action="store_true", help="less memory: compute each block twice")
     add("--compile", action="store_true", help="on a GPU: steps in 0.5 to 0.7 of the time, but a slow start")
     add("--deterministic", action="store_true", help="only operations that give the same bits every time")
+    add("--shard", action="store_true", help="with torchrun: each rank holds its part of the model (FSDP2)")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="RUN", help="run folder; default runs/finetune-001 and so on")
     add("--save-every", type=int, metavar="STEPS", help="validate and save this often; default once an epoch")
@@ -152,7 +163,10 @@ def make_model(args, compute, table, reading):
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.ckpt}: {parameters:,} parameters, {trainable:,} ({trainable / parameters:.2%}) learn, "
           f"vocabulary {len(model.head_weight):,}, preprocessing {preprocess}")
-    return model.to(compute.device), tokenizer, preprocess
+    model.to(compute.device)
+    if args.shard:
+        distributed.shard(model, compute)
+    return model, tokenizer, preprocess
 
 
 # --- the pieces of the loop ---------------------------------------------------------------------------------
@@ -173,7 +187,8 @@ def show_weights(weights, coefficients):
 def step_batches(examples, token_weights, args, compute, first_step):
     """Yields (indices of the examples, their micro-batches on the device) of each optimizer step.
 
-    Each epoch has an order of its own, made of seed and epoch; its last step may have fewer examples.
+    Each epoch has an order of its own, made of seed and epoch; its last step may have fewer examples. With
+    several ranks the micro-batches are this rank's.
     """
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     order = None
@@ -182,7 +197,7 @@ def step_batches(examples, token_weights, args, compute, first_step):
         if order is None or step_of_epoch == 0:
             order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
         indices = order[step_of_epoch * args.batch_size:(step_of_epoch + 1) * args.batch_size]
-        parts = data.micro_batches(examples.input_lengths, indices, args.micro_tokens)
+        parts = distributed.micro_batches(examples.input_lengths, indices, args.micro_tokens)
         yield indices, [data.make_batch(examples, part, compute.device, token_weights) for part in parts]
 
 
@@ -216,6 +231,7 @@ def save_best(run, model, tokenizer, progress):
 @report_errors
 def main():
     args = parse_arguments()
+    args.device = distributed.start(args.device)
     with checkpoint.open_run(args.out, "finetune", args.resume) as run:
         train(args, run)
 
@@ -254,8 +270,10 @@ def train(args, run):
     # ---- data: table -> pairs -> splits -> ids
     encoding = dict(max_length=min(args.max_length, model.config.context), eos_id=eos_ids(model)[0],
                     preprocess=preprocess)
-    encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
-                                 supervise=args.supervise, train_rows=args.train_rows, validation=validation)
+    with distributed.rank_0_first():
+        encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
+                                     supervise=args.supervise, train_rows=args.train_rows,
+                                     validation=validation)
     examples = encoded.train
     print(f"{len(examples):,} pairs to train on, {len(encoded.validation):,} to validate on, "
           f"{encoded.test_rows:,} kept for evaluate.py")
@@ -302,6 +320,7 @@ def train(args, run):
         began = time.perf_counter()
         indices, micro_batches = upcoming
         model.train()
+        device.seed_everything(args.seed, step, distributed.rank())  # dropout's draws, the same when resumed
 
         # learning rate; it stands still at steps that fp16 skips
         lr = set_learning_rate(optimizer, args.lr, progress["updates"], steps, round(args.warmup * steps))
@@ -313,6 +332,8 @@ def train(args, run):
         # forward and backward of each micro-batch; gradients add up
         step_loss = torch.zeros((), device=compute.device)
         for batch in micro_batches:
+            if args.shard:
+                model.set_requires_gradient_sync(batch is micro_batches[-1])
             with compute.autocast():
                 hidden = model(batch.tokens, batch.lengths)  # (N, D)
                 hidden = hidden.index_select(0, batch.supervised_index)  # (S, D)
@@ -321,9 +342,13 @@ def train(args, run):
             scaler.scale(loss).backward()
             step_loss += loss.detach()
 
+        # the sum over the ranks
+        distributed.add_up_gradients(trainable)
+        distributed.add_up(step_loss)
+
         # clip; the next step's batches are made while the device works; then its one transfer to the host
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, args.clip)
+        grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trainable, args.clip))
         upcoming = next(batches)
         step_loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()
 
@@ -350,12 +375,13 @@ def train(args, run):
         bar.update()
 
         # validation and checkpoint; a signal saves the state alone, so that going on comes to the same end
+        stopping = distributed.largest(stop.signal)
         if (step + 1) % save_every == 0 or step + 1 == steps:
             bar.write(validate_and_save(run, model, tokenizer, optimizer, scaler, encoded.validation, compute,
                                         progress))
-        elif stop.signal:
+        elif stopping:
             checkpoint.save_state(run, model, optimizer, scaler, progress)
-        stop.leave(f"saved after step {step + 1} of {steps}: --resume --out {run} goes on")
+        stop.leave(stopping, f"saved after step {step + 1} of {steps}: --resume --out {run} goes on")
     stop.waits = False
     bar.close()
 

@@ -26,7 +26,9 @@ from sevloss import (
     checkpoint,
     data,
     device,
+    distributed,
     interpreting,
+    lock,
     report_errors,
     terminal,
 )
@@ -144,6 +146,7 @@ def fit(args, compute, train, validation, preprocess, seed, *, name, log=None):
     validation_ids, validation_cut = encode(model, tokenizer, [p.complaint for p in validation], args,
                                             preprocess)
     validation_labels = labels_of(validation)
+    train_lengths = np.array([len(ids) for ids in train_ids])
     if train_cut + validation_cut:
         print(f"  {train_cut + validation_cut:,} of {len(train_ids) + len(validation_ids):,} complaints "
               f"were cut to fit {min(args.max_length, model.config.context)} tokens")
@@ -173,20 +176,26 @@ def fit(args, compute, train, validation, preprocess, seed, *, name, log=None):
             # learning rate: it rises for half an epoch
             lr = set_learning_rate(optimizer, args.lr, updates, steps, steps_per_epoch // 2)
 
-            # forward and backward
-            indices = sorted(order[position:position + args.batch_size], key=lambda i: len(train_ids[i]))
-            tokens, lengths = data.pack([train_ids[i] for i in indices], compute.device)
-            shares = device.to_device(targets[indices], compute.device)  # (B, 3)
+            # forward and backward of this rank's share; one without rows takes a row that counts for nothing
+            indices = order[position:position + args.batch_size]
+            own = distributed.share(train_lengths, indices)[distributed.rank()]
+            rows = sorted(own or indices[:1], key=lambda i: train_lengths[i])
+            tokens, lengths = data.pack([train_ids[i] for i in rows], compute.device)
+            shares = device.to_device(targets[rows], compute.device)  # (B, 3)
             with compute.autocast():
                 logits = model.classify(tokens, lengths)  # (B, 3)
-                loss = F.cross_entropy(logits.float(), shares, weight=class_weights,
-                                       label_smoothing=args.label_smoothing)
+                loss = F.cross_entropy(logits.float(), shares, weight=class_weights, reduction="sum",
+                                       label_smoothing=args.label_smoothing) / len(indices)
+            if not own:
+                loss = 0 * loss
             scaler.scale(loss).backward()
+            distributed.add_up_gradients(list(model.parameters()))
+            loss = distributed.add_up(loss.detach())
 
             # clip, check, step; fp16 skips the step where the scaled gradients overflowed
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            step_loss, grad_norm = torch.stack([loss.detach(), grad_norm]).tolist()
+            step_loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
             finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
             if not finite and not (scaler.is_enabled() and math.isfinite(step_loss)):
                 raise InputError(f"loss {step_loss}, gradient norm {grad_norm} at step {step + 1}: lower "
@@ -204,7 +213,7 @@ def fit(args, compute, train, validation, preprocess, seed, *, name, log=None):
                 checkpoint.append(log, json.dumps({
                     "seed": seed, "step": step, "loss": step_loss, "lr": lr,
                     "grad_norm": grad_norm if finite else None,
-                    "examples": len(indices), "tokens": len(tokens),
+                    "examples": len(indices), "tokens": int(train_lengths[indices].sum()),
                     "seconds": round(time.perf_counter() - began, 4)}) + "\n")
 
         # validation: keep the best epoch, and stop where none was better for a while
@@ -283,9 +292,11 @@ def out_of_fold(args, compute, pairs, preprocess):
 @report_errors
 def main():
     args = parse_arguments()
+    args.device = distributed.start(args.device)
     annotate_only = bool(args.annotate) and not args.data
     if args.annotate:  # what would fail should fail before hours of training
-        annotate.check_target(args.to)
+        with lock(f"{args.to}.lock"):  # removes that of a stop after the last step
+            annotate.check_target(args.to)
         data.file_fingerprint(args.annotate)
     if annotate_only and not (Path(args.ckpt) / "classifier.json").is_file():
         raise InputError(f"{args.ckpt} is no finished run of this script, so it cannot annotate: give one, "
@@ -297,6 +308,7 @@ def main():
     if not annotate_only:
         with checkpoint.open_run(args.out, "classifier") as run:
             train_and_save(args, compute, run)
+        distributed.wait_for_all()  # until rank 0 has written it
     if args.annotate:
         classifier = annotate.Classifier.load(run, compute)
         columns = tables.parse_columns(args.columns) if annotate_only else {}

@@ -55,11 +55,18 @@ def check_positive(args, *names, or_zero=()):
         raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
+def is_rank_0():
+    """Of the processes that torchrun has started this one writes and prints; without torchrun: yes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 def write_atomically(path, write, size=0):
     """write(temporary path), to the disk, then a rename: the file is the old one or the new one, never half
     of it, even when power fails. size: bytes that must be free. InputError names what cannot be written."""
+    if not is_rank_0():
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
@@ -103,6 +110,9 @@ def flush_to_disk(path):
 def lock(path, wait=False):
     """Holds the file `path`, which the system lets go when its holder dies; InputError where another process
     holds it, unless `wait`. Where the file system has no locks, it goes on without."""
+    if not is_rank_0():  # rank 0 holds it for all
+        yield
+        return
     path = Path(path)
     made = not path.parent.exists()
     held = False
@@ -143,8 +153,9 @@ class Stop:
             raise KeyboardInterrupt
         os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be at work just now
 
-    def leave(self, message):
-        if self.signal:
+    def leave(self, signal, message):
+        if signal:
+            self.signal = signal  # it may be another rank's
             raise KeyboardInterrupt(message)
 
 
@@ -166,11 +177,9 @@ def report_errors(main):
                 handlers[number] = signal.signal(number, stop.handle)
         try:
             return main()
-        except InputError as error:
-            line = f"error: {printable(str(error))}"
-        except OSError as error:
-            found = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            line = f"error: {printable(found)}"
+        except (InputError, OSError) as error:
+            named = getattr(error, "filename", None)
+            line = f"error: {printable(f'{named}: {error.strerror}' if named else str(error))}"
         except KeyboardInterrupt as stopped:
             line = f"\nstopped; {str(stopped) or 'what was saved before stays'}"
         except (MemoryError, RuntimeError) as error:
@@ -181,6 +190,7 @@ def report_errors(main):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        print(line, file=sys.stderr)
+        rank = "" if is_rank_0() else f"rank {os.environ['RANK']}: "
+        print(rank + line, file=sys.stderr)
         sys.exit(2 if line.startswith("error") else 128 + (stop.signal or signal.SIGINT))
     return run

@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sevloss import InputError, flush_to_disk, interpreting, lock, write_atomically, writing
+from sevloss import (
+    InputError,
+    distributed,
+    flush_to_disk,
+    interpreting,
+    is_rank_0,
+    lock,
+    write_atomically,
+    writing,
+)
 from sevloss.data import SPLIT_RULE, check_split_rule, digest
 from sevloss.inputs import hub
 
@@ -36,14 +45,19 @@ def open_run(out, kind, resume=False):
     runs/<kind>-001 and so on. InputError where it holds something that would be lost."""
     if out is None and resume:
         raise InputError("--resume needs the run folder: --out RUN")
+    if not is_rank_0():  # rank 0 says which one it is
+        yield distributed.from_rank_0(None)
+        return
     run = next_run(kind) if out is None else Path(out)
     with lock_folder(run):
         check_layout(run)
         if not nothing_saved(run, kind) and not (resume and has_state(run)):
-            found = "holds no state to go on with" if resume else "exists and is not empty"
+            if resume:
+                raise InputError(f"{run} holds no state to go on with; if it holds a model, start a new run: "
+                                 f"--ckpt {run} --out NEW")
             or_resume = ", or --resume to go on with it" if has_state(run) else ""
-            raise InputError(f"{run} {found}: give another --out{or_resume}")
-        yield run
+            raise InputError(f"{run} exists and is not empty: give another --out{or_resume}")
+        yield distributed.from_rank_0(run)
 
 
 def next_run(kind):
@@ -102,6 +116,8 @@ def write_lines(path, lines):
 
 def append(path, text, to_disk=False):
     """Adds to the end of a file. A symbolic link is not followed."""
+    if not is_rank_0():
+        return
     def open_itself(name, flags):
         return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
     with writing(path), open(path, "a", encoding="utf-8", newline="", opener=open_itself) as file:
@@ -172,19 +188,20 @@ def not_finite(run, what):
 
 def save_state(run, model, optimizer, scaler, progress):
     """state/training.pt: the weights that learn (the others come from the checkpoint), optimizer, scaler,
-    progress, torch's random generators, the run's id; behind them a SHA-256 of it all. The order of the
-    examples needs no entry: it follows from seed and step."""
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    progress, the run's id; behind them a SHA-256 of it all. Order of the examples and random draws need no
+    entry: they follow from seed and step."""
+    weights = {name: distributed.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise not_finite(run, f"the weights are not finite after step {progress['step']}")
+    moments = optimizer.state_dict()
+    for i, tensors in moments["state"].items():
+        moments["state"][i] = {name: distributed.whole(tensor) for name, tensor in tensors.items()}
     state = {
         "run": hub.read_json(run / "run.json")["id"],
         "progress": progress,
         "model": weights,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": moments,
         "scaler": scaler.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
     def write(temporary):
@@ -194,8 +211,9 @@ def save_state(run, model, optimizer, scaler, progress):
             file.write(hashlib.sha256(np.memmap(temporary, mode="r")).digest())
     flush_to_disk(run / "metrics.jsonl")  # going on counts its lines
     (run / "state").mkdir(exist_ok=True)
-    moments = [tensor for of_weight in optimizer.state.values() for tensor in of_weight.values()]
-    size = sum(tensor.nbytes for tensor in (*weights.values(), *moments))
+    size = sum(weight.nbytes for weight in weights.values())
+    for tensors in moments["state"].values():
+        size += sum(tensor.nbytes for tensor in tensors.values())
     write_atomically(run / "state" / "training.pt", write, size)
 
 
@@ -211,8 +229,8 @@ def read_state(run):
             raise ValueError("it belongs to another run")
         return state
     except Exception as error:  # what broken files raise has no common class
-        message = f"--resume: {path} is broken; start a new run from its model: --ckpt {run} --out NEW"
-        raise InputError(f"{message} ({str(error).partition('. ')[0]})") from error
+        message = f"--resume: {path} cannot be used: {str(error).partition('. ')[0]}; start a new run from"
+        raise InputError(f"{message} its model: --ckpt {run} --out NEW") from error
 
 
 def load_state(run, model, optimizer, scaler):
@@ -221,12 +239,14 @@ def load_state(run, model, optimizer, scaler):
     progress = state["progress"]
     if 0 < progress["best_step"] < progress["step"]:  # else the model is written anew
         hub.open_tensors(hub.find_file(run, (*hub.ADAPTERS, *hub.WEIGHTS)))
-    model.load_state_dict(state["model"], strict=False)
+    with torch.no_grad():
+        for name, tensor in state["model"].items():
+            parameter = model.get_parameter(name)
+            parameter.copy_(distributed.part_like(parameter, tensor))
+    learnt = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, tensors in zip(learnt, state["optimizer"]["state"].values()):
+        tensors.update({name: distributed.part_like(parameter, t) for name, t in tensors.items()})
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty where there was nothing to scale
         scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available():
-        for device, rng_state in enumerate(state["cuda_rng"][:torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(rng_state, device)
     return progress

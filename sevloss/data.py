@@ -243,7 +243,8 @@ def encode_pairs(pairs, tokenizer, *, max_length, eos_id, preprocess):
     prompts, complaints_cut = encode_prompts(tokenizer, complaints, prompt_limits)
     rows = [prompt + response + [eos_id] for prompt, response in zip(prompts, responses)]
     cuts = Counter(complaints=complaints_cut, responses=sum(len(row) > max_length for row in rows),
-                   empty=sum(not response for response in responses))
+                   empty=sum(not response for response in responses),
+                   unasked=sum(not complaint for complaint in complaints))
     rows = [row[:max_length] for row in rows]
     return _examples(pairs, rows, [len(prompt) for prompt in prompts]), cuts
 
@@ -275,9 +276,11 @@ def describe_cuts(cuts, pairs, max_length):
     """A line that says how many of `pairs` pairs were cut, or left empty by preprocessing; "" for none."""
     if not cuts.total():
         return ""
-    empty = f"; preprocessing left nothing of {cuts['empty']:,} responses" if cuts["empty"] else ""
-    return (f"  of {pairs:,} pairs {cuts['complaints']:,} complaints and {cuts['responses']:,} responses "
-            f"were cut to fit {max_length} tokens{empty}")
+    line = (f"  of {pairs:,} pairs {cuts['complaints']:,} complaints and {cuts['responses']:,} responses "
+            f"were cut to fit {max_length} tokens")
+    if cuts["unasked"] or cuts["empty"]:
+        line += f"; preprocessing left nothing of {cuts['unasked']:,} complaints, {cuts['empty']:,} responses"
+    return line
 
 
 # --- the encoded table: flat files, written once, read through np.memmap ------------------------------------
@@ -417,7 +420,11 @@ class Batch:
 
 
 def make_batch(examples, indices, device="cpu", token_weights=None):
-    """The examples `indices`, packed. token_weights (n,): what each target of each of all n weighs."""
+    """The examples `indices`, packed; without any, a token that predicts nothing. token_weights (n,): what
+    each target of each of all n weighs."""
+    if not indices:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return Batch(nothing.new_zeros(1), [1], nothing, nothing, nothing, nothing.float())
     rows = [examples[i] for i in indices]
     first_target = examples.first_target[indices]
     lengths = examples.input_lengths[indices]

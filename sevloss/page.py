@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+import matplotlib
 
 from sevloss import write_atomically
 
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a run's name is no formula
 # With autoescape, a text from a table or a model is never markup.
 _templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                 undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)

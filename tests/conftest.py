@@ -80,8 +80,7 @@ SYMPTOMS = {"non-critical": "زكام أرق حكة تعب جفاف كسل", "ne
 
 @pytest.fixture(scope="session")
 def rows():
-    """120 rows of an annotated table, short, and easy to learn from. The severities are labels: in one row
-    another class is likelier."""
+    """120 rows of an annotated table, short, and easy to learn from; the severities are labels."""
     random = Random(0)
     rows = []
     for i in range(120):
@@ -89,9 +88,8 @@ def rows():
         words = random.sample(SYMPTOMS[severity].split(), 3)
         answer = " ".join(f"علاج ال{word}." for word in words[:1 + i % 3])
         rows.append({"Question": f"عندي {' و'.join(words)} منذ {i} يوم، ما الحل؟", "Answer": answer,
-                     "Severity": severity,
+                     "Severity": severity, "Severity Source": "label",
                      **{name.title(): 0.8 if name == severity else 0.1 for name in SYMPTOMS}})
-    rows[0] |= {"Non-Critical": 0.1, "Critical": 0.8}
     return rows
 
 

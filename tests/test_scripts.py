@@ -466,7 +466,7 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
     refused("changed: --lr was 0.002, is 0.01", "--lr", 0.01)
     refused("changed: --weighting was balanced, is mild", "--weighting", "mild")
     refused("changed: --data was", "--data", write_table("copy.jsonl", rows))
-    refused("is broken; start a new run from its model",
+    refused("cannot be used: its checksum is another; start a new run from its model",
             change=lambda: (run / "state" / "training.pt").write_bytes(b"half a file"))
     refused("holds no state to go on with", change=lambda: shutil.rmtree(run / "state"))
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").unlink())
@@ -475,7 +475,7 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
     before = json.loads((base / "run.json").read_text())
     refused("is no run of finetune.py", change=lambda: (run / "run.json").write_text(json.dumps(before
                                                                                                 | {"script": "a.py"})))
-    refused("cannot be read as JSON", change=lambda: (run / "run.json").unlink())
+    refused("run.json cannot be used", change=lambda: (run / "run.json").unlink())
     refused("is a run of an older version", change=lambda: (run / "best").mkdir())
     refused("was made with split rule 1", change=lambda: (run / "run.json").write_text(json.dumps(before
                                                                                                   | {"split_rule": 1})))
@@ -500,7 +500,7 @@ def test_classifier_run(classifier, table):
     assert 0.05 <= result["temperature"] <= 20
     assert {"tiny", "tiny, calibrated"} < set(result["scores"])
     for named in result["scores"].values():
-        assert set(named) == {"accuracy", "macro_f1", "nll", "brier", "ece", "confusion"}
+        assert set(named) == {"accuracy", "macro_f1", "auc", "nll", "brier", "ece", "confusion"}
         assert sum(map(sum, named["confusion"])) == len(sides["train"]
                                                         + sides["validation"])  # each row once, out of fold
     assert load_model(classifier).raw_config["id2label"] == {"0": "non-critical", "1": "neutral",

@@ -14,7 +14,17 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from sevloss import InputError, checkpoint, data, flush_to_disk, interpreting, lock, stop
+from sevloss import (
+    InputError,
+    checkpoint,
+    data,
+    distributed,
+    flush_to_disk,
+    interpreting,
+    is_rank_0,
+    lock,
+    stop,
+)
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
@@ -31,15 +41,19 @@ def class_logits(model, id_lists, compute, *, max_tokens=8192, progress=None):
     model.eval()
     order, parts = [], []
     with compute.autocast():
-        for batch in data.micro_batches([len(ids) for ids in id_lists], range(len(id_lists)), max_tokens):
+        lengths = [len(ids) for ids in id_lists]
+        for batch in distributed.micro_batches(lengths, range(len(id_lists)), max_tokens):
+            if not batch:  # of another rank alone
+                continue
             tokens, lengths = data.pack([id_lists[i] for i in batch], compute.device)
             parts.append(model.classify(tokens, lengths).float())  # (B, 3)
             order += batch
             if progress is not None:
                 progress.update(len(batch))
-    logits = torch.empty(len(id_lists), 3)
-    logits[order] = torch.cat(parts).cpu()  # the only wait for the device
-    return logits
+    logits = torch.zeros(len(id_lists), 3)
+    if order:
+        logits[order] = torch.cat(parts).cpu()  # the only wait for the device
+    return distributed.add_up(logits)
 
 
 def encode_complaints(tokenizer, complaints, *, preprocess, max_length):
@@ -133,6 +147,7 @@ def _annotate_table(classifier, table, to, columns, compute):
         with interpreting(journal, f"remove {partial}"):
             done.update({name: int(count) for name, count in before["done"].items()})
         print(f"{to}: going on after row {done['rows']:,}")
+    done = distributed.from_rank_0(done)
 
     # The next rows; a table that cannot be read is refused before anything is written
     total = sum(1 for _ in tables.read_rows(table, ("complaint",), columns)[2])
@@ -140,7 +155,8 @@ def _annotate_table(classifier, table, to, columns, compute):
     chunk = list(islice(pairs, CHUNK))
 
     checkpoint.append(partial, "")
-    os.truncate(partial, done["bytes"])
+    if is_rank_0():
+        os.truncate(partial, done["bytes"])
     stop.waits = True  # a signal is looked at between chunks
     with tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
         while chunk:
@@ -151,14 +167,17 @@ def _annotate_table(classifier, table, to, columns, compute):
             checkpoint.append(partial, text.getvalue(), to_disk=True)
             done.update(rows=len(chunk), cut=cut, seen=classifier.seen(complaints),
                         labelled=sum(pair.severity is not None for pair in chunk))
-            done["bytes"] = partial.stat().st_size
+            done["bytes"] += len(text.getvalue().encode())
             checkpoint.write_json(journal, {"inputs": inputs, "done": done})
-            stop.leave(f"{done['rows']:,} rows are kept: the same command goes on")
+            stop.leave(distributed.largest(stop.signal),
+                       f"{done['rows']:,} rows are kept: the same command goes on")
             chunk = list(islice(pairs, CHUNK))
     stop.waits = False
-    journal.unlink()
-    os.replace(partial, to)
-    flush_to_disk(to.parent)
+    if is_rank_0():
+        journal.unlink()
+        os.replace(partial, to)
+        flush_to_disk(to.parent)
+    distributed.wait_for_all()
 
     print(f"wrote {to}: {done['rows']:,} rows, {done['cut']:,} complaints cut to "
           f"{classifier.max_length} tokens")

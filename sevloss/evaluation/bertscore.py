@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
 
-from sevloss import InputError, data, device
+from sevloss import InputError, data, device, distributed
 from sevloss.models import load_model, load_tokenizer
 
 MOST_HELD = 2 ** 17  # pieces whose vectors are in memory at a time: 0.4 GB where they are 768 wide
@@ -75,7 +75,7 @@ class Scorer:
         lengths = [len(ids[c]) + len(ids[r]) for c, r in pairs]
         scores = torch.zeros(len(pairs), 2, device=self.compute.device)
         with _full_fp32():
-            for rows in data.micro_batches(lengths, range(len(pairs)), MOST_HELD):
+            for rows in distributed.micro_batches(lengths, range(len(pairs)), MOST_HELD):
                 counts = Counter(chain.from_iterable(pairs[row] for row in rows))
                 vectors = self._unit_vectors(counts, ids, progress)
                 for row in rows:
@@ -84,7 +84,7 @@ class Scorer:
                         cosines = vectors[c] @ vectors[r].T  # (pieces of c, pieces of r)
                         scores[row, 0] = cosines.amax(1)[1:-1].mean()
                         scores[row, 1] = cosines.amax(0)[1:-1].mean()
-        precision, recall = scores.cpu().unbind(1)
+        precision, recall = distributed.add_up(scores).cpu().unbind(1)
         return precision, recall, (2 * precision * recall / (precision + recall)).nan_to_num(0.0)
 
     def _encode(self, texts):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import BLEU, CHRF
 
-from sevloss import data
+from sevloss import data, distributed
 from sevloss.evaluation.urgent import folded, urgent
 from sevloss.severity import CLASSES
 
@@ -25,9 +25,9 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
     them; 0 for those not in `indices` (None: all). most_tokens: of a forward pass."""
     model.eval()
     order, sums = [], []
+    indices = range(len(examples)) if indices is None else indices
     with compute.autocast():
-        indices = range(len(examples)) if indices is None else indices
-        for part in data.micro_batches(examples.input_lengths, indices, most_tokens):
+        for part in distributed.micro_batches(examples.input_lengths, indices, most_tokens):
             batch = data.make_batch(examples, part, compute.device)
             hidden = model(batch.tokens, batch.lengths).index_select(0, batch.supervised_index)  # (S, D)
             nll = torch.zeros(len(part), dtype=torch.float64, device=compute.device)
@@ -40,7 +40,7 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
     total = torch.zeros(len(examples), dtype=torch.float64)
     if order:
         total[order] = torch.cat(sums).cpu()  # once, so that the device never waits
-    return total
+    return distributed.add_up(total)
 
 
 def per_token(nll, tokens):
@@ -53,11 +53,9 @@ def per_token(nll, tokens):
 
 def row_groups(rows):
     """{name: arguments of compare.estimate, weights (n,) among them}: "all"; each class; the contrast of
-    critical minus non-critical rows; each specialty. rows: findings.Answer.
-
-    Predicted classes are groups of their own, and have no part in the contrast where any row has a label.
-    Where none has, there is also "by p(critical)": a row counts as much as it is critical.
-    """
+    critical minus non-critical rows; each specialty. rows: findings.Answer. Predicted classes are groups of
+    their own, and have no part in the contrast where any row has a label. Where none has, there is also "by
+    p(critical)": a row counts as much as it is critical."""
     names = np.array([row.class_name for row in rows])
     specialties = np.array([row.specialty for row in rows])
     groups = {"all": {"weights": np.ones(len(rows))}}
@@ -80,10 +78,8 @@ def row_groups(rows):
 
 def answer_scores(complaints, answers, references, unfinished):
     """{score: (n,)}: every score of n answers that texts alone give. unfinished (n,): the answer has no end.
-
-    chrF, BLEU and ROUGE-L are of `folded` texts: AraBERT's preprocessing takes diacritics, tatweel and the
-    Arabic shapes of digits away, and models trained on it cannot write them.
-    """
+    chrF, BLEU and ROUGE-L are of `folded` texts: models behind AraBERT's preprocessing cannot write
+    diacritics, tatweel and the Arabic shapes of digits."""
     folded_answers = [folded(a) for a in answers]
     folded_references = [folded(r) for r in references]
     scores = {

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 
-from sevloss import InputError, interpreting, write_atomically
+from sevloss import InputError, distributed, interpreting, write_atomically
 from sevloss.inputs import hub, tables
 from sevloss.inputs.tokenizer_files import check_growth, from_vocabulary, keep_whole
 from sevloss.models import lora
@@ -258,7 +258,9 @@ def save_model(model, tokenizer, folder):
     if lora.layers(model):
         lora.save(model, folder)
     else:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        state = {}
+        for name, tensor in model.state_dict().items():
+            state[name] = distributed.whole(tensor.detach()).cpu().contiguous()
         write_atomically(folder / "model.safetensors",
                          lambda path: save_file(state, path, metadata={"format": "pt"}),
                          sum(tensor.nbytes for tensor in state.values()))

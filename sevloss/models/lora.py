@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sevloss import InputError, interpreting, write_atomically
+from sevloss import InputError, distributed, interpreting, write_atomically
 from sevloss.inputs import hub
 from sevloss.models.gpt2 import Conv1D
 
@@ -113,7 +113,8 @@ def merge(model):
 def save(model, folder):
     """adapter_config.json and adapter_model.safetensors, as `peft` writes them."""
     folder = Path(folder)
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights(model).items()}
+    tensors = {name: distributed.whole(weight.detach()).cpu().contiguous()
+               for name, weight in weights(model).items()}
     write_atomically(folder / "adapter_model.safetensors",
                      lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     transposed = any(layer.transposed for layer in layers(model).values())

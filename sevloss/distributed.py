@@ -1,0 +1,176 @@
+"""What torchrun needs, and nothing without it: with one process each function here does next to nothing.
+
+    torchrun --nproc_per_node 2 finetune.py ...
+
+Every rank runs the whole script. What is shared is the work on rows: each rank takes micro-batches of its
+own, and what came out is added up, so that all ranks know all of it. Rank 0 alone prints and writes; the
+others print their errors. With `shard`, each rank also holds only its part of the model.
+"""
+
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partialmethod
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from sevloss import InputError, data
+
+BUCKET = 2 ** 26  # numbers that one all-reduce of gradients adds up: 256 MiB in fp32
+
+
+def start(device):
+    """Joins the other ranks where torchrun started this process. device: as for `--device`; returns this
+    rank's own."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return device
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    # the others wait while rank 0 encodes a table; torchrun itself notices a rank that died
+    dist.init_process_group(backend, timeout=timedelta(hours=4))
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+def share(lengths, indices):
+    """Those of `indices` that each rank takes, a list a rank: the longest first, each to the rank with the
+    fewest tokens. Every rank computes the same, so nothing is sent."""
+    shares = [[] for _ in range(ranks())]
+    tokens = [0] * ranks()
+    for i in sorted(indices, key=lambda i: -lengths[i]):
+        lightest = tokens.index(min(tokens))
+        shares[lightest].append(i)
+        tokens[lightest] += int(lengths[i])
+    return shares
+
+
+def micro_batches(lengths, indices, max_tokens):
+    """data.micro_batches of this rank's share of `indices`. All ranks get equally many, as the ranks of a
+    sharded model compute together: where one has fewer, the last are empty."""
+    if ranks() == 1:
+        return data.micro_batches(lengths, indices, max_tokens)
+    parts = [data.micro_batches(lengths, share_, max_tokens) for share_ in share(lengths, indices)]
+    own = parts[rank()]
+    return own + [[]] * (max(map(len, parts)) - len(own))
+
+
+# --- what ranks tell each other -----------------------------------------------------------------------------
+
+def add_up(tensor):
+    """The sum of each rank's `tensor`, in place; returns it."""
+    if ranks() > 1:
+        _call(dist.all_reduce, tensor)
+    return tensor
+
+
+def add_up_gradients(parameters):
+    """Each gradient becomes the sum over the ranks."""
+    if ranks() == 1:
+        return
+    bucket = []
+    for p in parameters:
+        if is_sharded(p):
+            p.grad.mul_(ranks())  # FSDP2 has taken the mean
+        elif p.grad is not None:
+            bucket.append(p.grad)
+        if bucket and (sum(grad.numel() for grad in bucket) >= BUCKET or p is parameters[-1]):
+            flat = add_up(torch.cat([grad.flatten() for grad in bucket]))
+            for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket])):
+                grad.copy_(total.view_as(grad))
+            bucket = []
+
+
+def gather(results):
+    """The dicts of all ranks in one."""
+    if ranks() == 1:
+        return results
+    parts = [None] * ranks()
+    _call(dist.all_gather_object, parts, results)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def largest(number):
+    """The largest of each rank's `number`."""
+    if ranks() == 1:
+        return number
+    number = torch.tensor(number)
+    _call(dist.all_reduce, number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+def from_rank_0(value):
+    """What rank 0 gives as `value`."""
+    values = [value]
+    if ranks() > 1:
+        _call(dist.broadcast_object_list, values, src=0)
+    return values[0]
+
+
+@contextmanager
+def rank_0_first():
+    """Rank 0 does what is inside while the others wait; then they do it, and find the files it wrote."""
+    if rank():
+        wait_for_all()
+    yield
+    if not rank():
+        wait_for_all()
+
+
+def wait_for_all():
+    if ranks() > 1:
+        _call(dist.barrier)
+
+
+def _call(collective, *arguments, **options):
+    try:
+        collective(*arguments, **options)
+    except RuntimeError as error:  # of gloo or NCCL: the connection to another rank is closed
+        raise InputError("another rank has ended, its message says why; --resume goes on after the last "
+                         "save") from error
+
+
+# --- a model in shards (FSDP2) ------------------------------------------------------------------------------
+
+def shard(model, compute):
+    """Each rank keeps its part of every parameter, gradient and moment of AdamW. A block's parameters are
+    gathered for its computation, in compute.dtype; those outside the blocks (tied embedding and head in one
+    group) from the forward pass to the end of the backward pass, so that the loss can read the head."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: it takes a second to import
+    policy = MixedPrecisionPolicy(param_dtype=compute.dtype, reduce_dtype=torch.float32)
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")  # torch's DTensor
+
+
+def whole(tensor):
+    """A sharded tensor gathered from all ranks; another as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def part_like(parameter, tensor):
+    """The other way round: of a whole tensor what this rank keeps, where `parameter` is sharded."""
+    if not is_sharded(parameter) or tensor.shape != parameter.shape:  # AdamW's count of steps has no shape
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
