@@ -144,8 +144,10 @@ def make_model(args, compute, table, reading):
         model, tokenizer = tiny_gpt2(texts)
     else:
         data.file_fingerprint(table)  # refuses a table that is not there, before a large model is loaded
-        # A frozen base is held in the dtype it is computed in: autocast would cast it anew at every use.
-        model = load_model(args.ckpt, dtype=compute.dtype if args.lora else torch.float32)
+        # A frozen base is held in the dtype it is computed in: autocast would cast it anew at every use. Shards
+        # have one dtype and are cast when they are gathered.
+        dtype = compute.dtype if args.lora and not args.shard else torch.float32
+        model = load_model(args.ckpt, dtype=dtype)
         tokenizer = load_tokenizer(args.ckpt)
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, model.raw_config)
     check_causal(model, args.ckpt)
@@ -245,6 +247,9 @@ def train(args, run):
     print(compute)
     if args.compile and compute.device.type != "cuda":
         raise InputError("--compile is for a GPU: on a CPU every batch would be compiled anew")
+    if args.shard and (not distributed.started() or compute.dtype == torch.float16):
+        raise InputError("--shard needs torchrun, and --dtype bf16 or fp32: torchrun --nproc_per_node 2 "
+                         "finetune.py ...")
 
     # ---- severity: the table's own probabilities, or those of a classifier
     table = args.data
@@ -296,12 +301,12 @@ def train(args, run):
     save_every = args.save_every or steps_per_epoch
 
     # ---- resume, or begin
-    facts = dict(coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT, compute=str(compute),
-                 table=str(table), columns=columns, steps=steps, data_fingerprint=encoded.fingerprint,
-                 model_fingerprint="" if args.ckpt == "tiny" else checkpoint.weights_digest(args.ckpt))
+    record = dict(coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT, compute=str(compute),
+                  table=str(table), columns=columns, steps=steps, data_fingerprint=encoded.fingerprint,
+                  model_fingerprint="" if args.ckpt == "tiny" else checkpoint.weights_digest(args.ckpt))
     progress = {"step": 0, "updates": 0, "best": math.inf, "best_step": 0, "validation": []}
     if checkpoint.has_state(run):
-        checkpoint.check_resumed(run, "finetune.py", vars(args), facts)
+        checkpoint.check_resumed(run, "finetune.py", vars(args), record)
         progress = checkpoint.load_state(run, model, optimizer, scaler)
         save_best(run, model, tokenizer, progress)
         finished = "; the run is finished" if progress["step"] == steps else ""
@@ -309,7 +314,7 @@ def train(args, run):
     elif args.resume:
         print(f"nothing was saved in {run} yet: it begins at step 0")
     checkpoint.keep_lines(run / "metrics.jsonl", progress["step"])
-    checkpoint.write_run_json(run, "finetune.py", vars(args), **facts)
+    checkpoint.write_run_json(run, "finetune.py", vars(args), **record)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
 
     # ---- the loop: an optimizer step a turn
@@ -390,6 +395,7 @@ def train(args, run):
         raise InputError(f"fp16 skipped all {steps} steps, nothing was learned: start anew with --dtype fp32")
     print(f"best NLL {progress['best']:.4f}, at step {progress['best_step']}; {compute.peak_memory()}")
     if args.merge:
+        distributed.wait_for_all()  # until rank 0 has written the best model
         save_model(load_model(run), tokenizer, run / "merged")
         print(f"wrote {run}/merged")
     test_table = " --data TABLE --split all" if args.validation else ""

@@ -25,7 +25,7 @@ BUCKET = 2 ** 26  # numbers that one all-reduce of gradients adds up: 256 MiB in
 def start(device):
     """Joins the other ranks where torchrun started this process. device: as for `--device`; returns this
     rank's own."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    if "RANK" not in os.environ or started():
         return device
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -39,12 +39,16 @@ def start(device):
     return device
 
 
+def started():
+    return dist.is_initialized()
+
+
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if started() else 0
 
 
 def ranks():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if started() else 1
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
