@@ -144,8 +144,8 @@ def make_model(args, compute, table, reading):
         model, tokenizer = tiny_gpt2(texts)
     else:
         data.file_fingerprint(table)  # refuses a table that is not there, before a large model is loaded
-        # A frozen base is held in the dtype it is computed in: autocast would cast it anew at every use. Shards
-        # have one dtype and are cast when they are gathered.
+        # A frozen base is held in the dtype it is computed in: autocast would cast it anew at every use.
+        # Shards have one dtype and are cast when they are gathered.
         dtype = compute.dtype if args.lora and not args.shard else torch.float32
         model = load_model(args.ckpt, dtype=dtype)
         tokenizer = load_tokenizer(args.ckpt)
