@@ -10,8 +10,6 @@
 import argparse
 import contextlib
 import json
-import math
-from collections import Counter
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -37,7 +35,6 @@ from sevloss.evaluation.report import criticality, write_evaluation
 from sevloss.generate import generate
 from sevloss.inputs import arabic, hub, tables
 from sevloss.models import check_causal, eos_ids, load_model, load_tokenizer
-from sevloss.severity import class_name
 
 ROWS_AT_ONCE = 64  # answered together; what a stop can lose
 # "paper": what the published notebooks do; their prompt ends where training's says "الاجابة:", and what comes
@@ -100,9 +97,8 @@ def check_names(names):
         checkpoint.check_layout(findings.run_folder(name) or name)
 
 
-def table_of_run(name, run):
-    """The table that a run was trained on, from here or from where it was trained: a folder above it."""
-    table = run["table"]
+def table_of_run(name, table):
+    """The path of a run's table, which is as it was typed: from here or from a folder above the run."""
     for folder in (Path(), *Path(name).resolve().parents):
         if (folder / table).is_file():
             return folder / table
@@ -117,25 +113,21 @@ def test_rows(args, runs):
     columns = tables.parse_columns(args.columns)
     if trained and not args.data:
         name, run = next(iter(trained.items()))
-        table = table_of_run(name, run)
+        table = table_of_run(name, run["table"])
         columns = run.get("columns", {}) | columns
     pairs = tables.read_pairs(table, needed=("complaint", "response"), columns=columns)
-    fingerprint = str(Fingerprint(pairs))
     for name, run in trained.items():
         same_file = Path(run["table"]).resolve() == Path(table).resolve()
         seen = args.split == "all" or run["arguments"].get("validation")  # then all of it was trained on
-        if seen and (same_file or fingerprint == run["data_fingerprint"]):
+        if seen and (same_file or run["data_fingerprint"] == str(Fingerprint(pairs))):
             raise InputError(f"{name} was trained on {table}: that would score what it has seen; give "
                              "another table with --data, or leave --split all out")
-    if args.split == "test":
-        pairs = split_pairs(pairs)["test"]
+    pairs = split_pairs(pairs)["test"] if args.split == "test" else pairs
     if not pairs:
-        raise InputError(f"{table}: none of its complaints falls into the test split; --split all takes all, "
-                         "where no model was trained on them")
+        raise InputError(f"{table}: none of its complaints falls into the test split; if it is a test set, "
+                         "--split all takes all of it")
     pairs = sorted(sample_pairs(pairs, args.rows), key=lambda pair: pair.row)
-    classes = Counter(class_name(pair.severity, pair.probabilities) for pair in pairs)
-    counts = [f"{count:,} {name}" for name, count in sorted(classes.items())]
-    print(f"{len(pairs):,} rows: {', '.join(counts)}")
+    print(f"{len(pairs):,} rows are evaluated")
 
     protocol = {"table": Path(table).name, "rows": len(pairs), "fingerprint": str(Fingerprint(pairs))}
     for key in ("split", "recipe", "max_new_tokens", "max_length", "temperature", "top_p", "seed"):
@@ -204,11 +196,13 @@ def answer_rows(name, run, pairs, protocol, args, path):
         for start in range(0, len(left), ROWS_AT_ONCE):
             part = left[start:start + ROWS_AT_ONCE]
             nll = scores.response_nll(model, examples, compute, indices=part)
-            own = distributed.share(prompt_lengths, part)[distributed.rank()]
-            generated = generate(model, [prompts[i] for i in own], max_new_tokens=args.max_new_tokens,
-                                 eos_ids=eos_ids(model), temperature=args.temperature, top_p=args.top_p,
-                                 seed=args.seed)
-            generated = distributed.gather(dict(zip(own, generated)))
+            generated = {i: [] for i in part}
+            if args.max_new_tokens:
+                own = distributed.share(prompt_lengths, part)[distributed.rank()]
+                new_ids = generate(model, [prompts[i] for i in own], max_new_tokens=args.max_new_tokens,
+                                   eos_ids=eos_ids(model), temperature=args.temperature, top_p=args.top_p,
+                                   seed=args.seed)
+                generated = distributed.gather(dict(zip(own, new_ids)))
             lines = ""
             for i in part:
                 ids = generated[i]
@@ -270,8 +264,7 @@ def bert_scores(answers, args, notes):
             f1[a.name] = scorer.score(*texts, progress=bar)[2].tolist()
         checkpoint.write_json(kept, {"made_of": made_of, "f1": f1[a.name]})
         if scorer.cut:
-            most = scorer.model.config.context
-            notes.append(f"BERTScore of {a.name}: {scorer.cut:,} texts were cut to {most} pieces")
+            notes.append(f"BERTScore of {a.name}: {scorer.cut:,} texts were cut to what the encoder reads")
     return f1
 
 
@@ -293,17 +286,9 @@ def table_of(evaluation):
     rows = []
     for setting, (group, count) in product(evaluation.settings, evaluation.groups.items()):
         if not group.startswith("specialty: "):
-            means = [evaluation.means.get((setting.name, score, group)) for score in evaluation.score_names]
-            rows.append([setting.name, group, count, *(number(m.value) if m else "–" for m in means)])
+            means = [evaluation.means[setting.name, score, group] for score in evaluation.score_names]
+            rows.append([setting.name, group, count, *(f"{mean.value:.4f}" for mean in means)])
     return terminal.table(["setting", "rows of", "n", *evaluation.score_names], rows)
-
-
-def number(value):
-    if math.isnan(value):
-        return "–"
-    if abs(value) >= 100:
-        return f"{value:,.1f}"
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
 
 
 # --- all of it ----------------------------------------------------------------------------------------------
@@ -362,16 +347,14 @@ def evaluate(args, names, out):
 
     # What is written
     table = table_of(evaluation)
-    out.mkdir(parents=True, exist_ok=True)
+    write_evaluation(out, evaluation)
     checkpoint.write_lines(out / "table.txt", [table])
     checkpoint.write_json(out / "evaluation.json", evaluation.to_json())
-    write_evaluation(out, evaluation)
 
     # What is printed
     if args.max_new_tokens:
         print_answers(evaluation, args.answers)
-    print(f"\n{table}\n\nNLL: in nats per token of response and end of text. Intervals, specialties and "
-          "pictures are in the report.")
+    print(f"\n{table}\n\nNLL: in nats per token of response and end of text. Intervals are in the report.")
     for sentence in (*evaluation.summary, *(v.sentence for v in evaluation.verdicts), *evaluation.notes):
         print(f"  {sentence}")
     print(f"wrote {out / 'report.html'} and what it is made of")

@@ -319,6 +319,7 @@ def train(args, run):
         began = time.perf_counter()
         indices, micro_batches = upcoming
         model.train()
+        device.seed_everything(args.seed, step, distributed.rank())  # dropout's draws, the same when resumed
 
         # learning rate; it stands still at steps that fp16 skips
         lr = set_learning_rate(optimizer, args.lr, progress["updates"], steps, round(args.warmup * steps))

@@ -188,19 +188,20 @@ def not_finite(run, what):
 
 def save_state(run, model, optimizer, scaler, progress):
     """state/training.pt: the weights that learn (the others come from the checkpoint), optimizer, scaler,
-    progress, torch's random generators, the run's id; behind them a SHA-256 of it all. The order of the
-    examples needs no entry: it follows from seed and step."""
+    progress, the run's id; behind them a SHA-256 of it all. Order of the examples and random draws need no
+    entry: they follow from seed and step."""
     weights = {name: distributed.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise not_finite(run, f"the weights are not finite after step {progress['step']}")
+    moments = optimizer.state_dict()
+    for i, tensors in moments["state"].items():
+        moments["state"][i] = {name: distributed.whole(tensor) for name, tensor in tensors.items()}
     state = {
         "run": hub.read_json(run / "run.json")["id"],
         "progress": progress,
         "model": weights,
-        "optimizer": distributed.whole_state(optimizer.state_dict()),
+        "optimizer": moments,
         "scaler": scaler.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
     def write(temporary):
@@ -210,8 +211,9 @@ def save_state(run, model, optimizer, scaler, progress):
             file.write(hashlib.sha256(np.memmap(temporary, mode="r")).digest())
     flush_to_disk(run / "metrics.jsonl")  # going on counts its lines
     (run / "state").mkdir(exist_ok=True)
-    moments = [tensor for of_weight in optimizer.state.values() for tensor in of_weight.values()]
-    size = sum(tensor.nbytes for tensor in (*weights.values(), *moments))
+    size = sum(weight.nbytes for weight in weights.values())
+    for tensors in moments["state"].values():
+        size += sum(tensor.nbytes for tensor in tensors.values())
     write_atomically(run / "state" / "training.pt", write, size)
 
 
@@ -237,11 +239,14 @@ def load_state(run, model, optimizer, scaler):
     progress = state["progress"]
     if 0 < progress["best_step"] < progress["step"]:  # else the model is written anew
         hub.open_tensors(hub.find_file(run, (*hub.ADAPTERS, *hub.WEIGHTS)))
-    distributed.load_whole(model, optimizer, state["model"], state["optimizer"])
+    with torch.no_grad():
+        for name, tensor in state["model"].items():
+            parameter = model.get_parameter(name)
+            parameter.copy_(distributed.part_like(parameter, tensor))
+    learnt = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, tensors in zip(learnt, state["optimizer"]["state"].values()):
+        tensors.update({name: distributed.part_like(parameter, t) for name, t in tensors.items()})
+    optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty where there was nothing to scale
         scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available():
-        for device, rng_state in enumerate(state["cuda_rng"][:torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(rng_state, device)
     return progress

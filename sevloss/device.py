@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from sevloss import InputError
@@ -114,6 +115,9 @@ def to_device(tensor, device):
     return tensor.to(device)
 
 
-def seed_everything(seed):
-    """torch's generators on all devices; nothing here draws from Python's or numpy's global ones."""
-    torch.manual_seed(seed)
+def seed_everything(seed, *others):
+    """torch's generators on all devices; nothing here draws from Python's or numpy's global ones. others:
+    step and rank, say; each combination has random numbers of its own."""
+    if others:
+        seed = np.random.SeedSequence((seed, *others)).generate_state(1)[0]
+    torch.manual_seed(int(seed))

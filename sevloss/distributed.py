@@ -168,27 +168,9 @@ def whole(tensor):
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def whole_state(optimizer_state):
-    """optimizer.state_dict() with whole tensors."""
-    state = {}
-    for i, moments in optimizer_state["state"].items():
-        state[i] = {name: whole(tensor) for name, tensor in moments.items()}
-    return {**optimizer_state, "state": state}
-
-
-def load_whole(model, optimizer, model_state, optimizer_state):
-    """Whole tensors into a model and its optimizer, where sharded: each rank's part of them."""
-    def part(tensor, p):
-        if not is_sharded(p) or tensor.shape != p.shape:
-            return tensor
-        from torch.distributed.tensor import distribute_tensor
-        return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements)
-
-    with torch.no_grad():
-        for name, tensor in model_state.items():
-            p = model.get_parameter(name)
-            p.copy_(part(tensor, p))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, moments in optimizer_state["state"].items():
-        optimizer_state["state"][i] = {name: part(tensor, parameters[i]) for name, tensor in moments.items()}
-    optimizer.load_state_dict(optimizer_state)
+def part_like(parameter, tensor):
+    """The other way round: of a whole tensor what this rank keeps, where `parameter` is sharded."""
+    if not is_sharded(parameter) or tensor.shape != parameter.shape:  # AdamW's count of steps has no shape
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -298,3 +298,21 @@ def test_columns_that_share_a_name_with_a_field_are_kept(classifier, write_table
     annotate.annotate_table(classifier, table, tmp_path / "new.jsonl", {"complaint": "Title"}, CPU)
     row = read(tmp_path / "new.jsonl")[0]
     assert (row["Question"], row["Question (of the table)"]) == ("صداع شديد", "عنوان")
+
+
+def test_predictions_are_no_labels(classifier, write_table, rows, tmp_path, capsys):
+    """As the column says, or where it is missing: the likeliest class in every one of 20 rows or more. They are
+    annotated anew, and no classifier is trained on them."""
+    bare = [{name: row[name] for name in ("Question", "Answer")} for row in rows[:20]]
+    annotate.annotate_table(classifier, write_table("bare.jsonl", bare), tmp_path / "new.jsonl", {}, CPU)
+    annotated = read(tmp_path / "new.jsonl")
+    old = [{name: row[name] for name in annotate.FIELDS[:-1]} for row in annotated]
+    for table in (tmp_path / "new.jsonl", write_table("old.jsonl", old)):
+        assert {pair.severity for pair in tables.read_pairs(table, needed=("complaint",))} == {None}
+        with pytest.raises(InputError, match="20 with a severity from a classifier, which is no label"):
+            tables.read_pairs(table, needed=("complaint", "severity"))
+    other = [name for name in CLASSES if name != old[7]["Severity"]][0]
+    corrected = old[:7] + [old[7] | {"Severity": other}] + old[8:]  # by a person
+    for labelled in (corrected, old[:19], [row | {"Severity Source": "label"} for row in old]):
+        pairs = tables.read_pairs(write_table("labels.jsonl", labelled), needed=("complaint", "severity"))
+        assert len(pairs) == len(labelled)

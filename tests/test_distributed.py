@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import lines
-from distributed_runs import RUNS
 from safetensors.torch import load_file
 
 from sevloss import data, distributed
@@ -19,10 +18,11 @@ SCRIPT = Path(__file__).with_name("distributed_runs.py")
 NOT_SHARDED = {"sharded": "full", "sharded lora": "lora"}
 
 
-def launch(cwd, folder, names, ranks=None):
+def launch(cwd, folder, names, ranks=None, restarts=0):
     start = [sys.executable]
     if ranks:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                  f"--max-restarts={restarts}"]
     process = subprocess.run([*start, str(SCRIPT), str(folder), *names], cwd=cwd, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     return process
@@ -43,16 +43,21 @@ def folder(tmp_path_factory, rows):
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
         eos_token_id=gpt2.config.eos_token_id))
     save_model(llama, tokenizer, folder / "llama")
-    launch(folder, "one", [name for name in RUNS if name not in NOT_SHARDED])
+    launch(folder, "one", ["first step", "full", "two rows a step", "tokens", "lora"])
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def several(request, folder):
-    """The folder of the same runs on 2 and on 3 ranks, and what the launcher printed."""
-    out = folder / f"{request.param}"
-    process = launch(folder, out, list(RUNS), request.param)
-    return out, process
+@pytest.fixture(scope="module")
+def two(folder):
+    """The folder of the same runs on two ranks, and what the launcher printed."""
+    process = launch(folder, "two", ["first step", "full", "tokens", "lora", "sharded"], 2)
+    return folder / "two", process
+
+
+@pytest.fixture(scope="module")
+def three(folder):
+    launch(folder, "three", ["two rows a step", "sharded lora"], 3)
+    return folder / "three"
 
 
 def weights(run):
@@ -63,65 +68,75 @@ def distance(a, b):
     return torch.stack([(a[name].double() - b[name].double()).norm() for name in a]).norm()
 
 
-def test_first_gradient(folder, several):
+def test_first_gradient(folder, two):
     """AdamW's first moment after one step is a tenth of the clipped gradient: the same within 1e-6."""
     states = [torch.load(out / "first step" / "state" / "training.pt")["optimizer"]["state"]
-              for out in (folder / "one", several[0])]
+              for out in (folder / "one", two[0])]
     one, other = [{str(i): moments["exp_avg"] for i, moments in state.items()} for state in states]
     assert distance(one, other) < 1e-6 * distance(one, {name: 0 * tensor for name, tensor in one.items()})
 
 
-@pytest.mark.parametrize("name, bound", [
-    ("full", 1e-4), ("two rows a step", 1e-4), ("tokens", 1e-4), ("lora", 1e-3), ("sharded", 1e-4),
-    ("sharded lora", 1e-3)])
-def test_same_weights(folder, several, name, bound):
+@pytest.mark.parametrize("ranks, name, bound", [
+    ("two", "full", 1e-4), ("two", "tokens", 1e-4), ("two", "lora", 1e-3), ("two", "sharded", 1e-4),
+    ("three", "two rows a step", 1e-4), ("three", "sharded lora", 1e-3)])
+def test_same_weights(folder, two, three, ranks, name, bound):
     """Ragged micro-batches, ranks without rows, several micro-batches a step. LoRA's B begins at zero, where
     AdamW's first steps follow the sign of tiny gradients."""
     one = weights(folder / "one" / NOT_SHARDED.get(name, name))
-    other = weights(several[0] / name)
+    other = weights(folder / ranks / name)
     before = weights(folder / "gpt2")
     if "lora" in name:
         before = {key: 0 * tensor if "lora_B" in key else tensor for key, tensor in one.items()}
     assert distance(one, other) < bound * distance(one, before)
 
 
-def test_same_metrics(folder, several):
+def test_same_metrics(folder, two):
     """Loss, gradient norm and counts are of the whole step, the validation score of all rows."""
     for name in ("full", "sharded"):
-        for a, b in zip(lines(folder / "one" / "full" / "metrics.jsonl"), lines(several[0] / name / "metrics.jsonl"),
+        for a, b in zip(lines(folder / "one" / "full" / "metrics.jsonl"), lines(two[0] / name / "metrics.jsonl"),
                         strict=True):
             for key in ("step", "tokens", "supervised_tokens", "examples"):
                 assert a[key] == b[key]
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
         one, other = [json.loads((out / "validation.json").read_text())
-                      for out in (folder / "one" / "full", several[0] / name)]
+                      for out in (folder / "one" / "full", two[0] / name)]
         assert [step for step, _ in one] == [step for step, _ in other]
         assert [nll for _, nll in other] == pytest.approx([nll for _, nll in one], rel=1e-4)
 
 
-def test_classifier_and_annotation(folder, several):
+def test_classifier_and_annotation(folder, two):
     """Trained on shares of each step's rows; a table annotated by shares. With 7 rows a step and 3 ranks, the last
     step of an epoch leaves some with few."""
-    one, other = [json.loads((out / "classifier" / "classifier.json").read_text()) for out in (folder / "one", several[0])]
+    one, other = [json.loads((out / "classifier" / "classifier.json").read_text()) for out in (folder / "one", two[0])]
     assert other["scores"]["tiny"]["nll"] == pytest.approx(one["scores"]["tiny"]["nll"], rel=1e-4)
-    for a, b in zip(lines(folder / "one" / "annotated.jsonl"), lines(several[0] / "annotated.jsonl"), strict=True):
+    for a, b in zip(lines(folder / "one" / "annotated.jsonl"), lines(two[0] / "annotated.jsonl"), strict=True):
         assert a["Question"] == b["Question"]
         assert b["Critical"] == pytest.approx(a["Critical"], abs=1e-4)
 
 
-def test_evaluation(folder, several):
+def test_evaluation(folder, two):
     """The same answers, in whatever order, with the same likelihoods and BERTScores."""
     one, other = [json.loads((out / "full" / "evaluation" / "evaluation.json").read_text())
-                  for out in (folder / "one", several[0])]
+                  for out in (folder / "one", two[0])]
     answers = [sorted((line["row"], line["answer"]) for out in (out,) for file in (out / "full" / "evaluation").glob("answers*.jsonl")
-                      for line in lines(file)[1:]) for out in (folder / "one", several[0])]
+                      for line in lines(file)[1:]) for out in (folder / "one", two[0])]
     assert answers[0] and sum(a == b for a, b in zip(*answers, strict=True)) >= 0.9 * len(answers[0])
     assert one.keys() == other.keys()
 
 
-def test_rank_0_alone_prints(several):
-    assert several[1].stdout.count("pairs to train on") == len(RUNS)
+def test_killed_rank(folder):
+    """torchrun starts all ranks again after one was killed, from the last save; then a single process goes on
+    with what two ranks have saved."""
+    process = launch(folder, "two", ["killed"], 2, restarts=1)
+    assert "nothing was saved" in process.stdout and "going on after step 4 of 12" in process.stdout
+    one = weights(folder / "one" / "full")
+    assert distance(one, weights(folder / "two" / "killed")) < 1e-4 * distance(one, weights(folder / "gpt2"))
+    assert "going on after step 12 of 12; the run is finished" in launch(folder, "two", ["killed"]).stdout
+
+
+def test_rank_0_alone_prints(two):
+    assert two[1].stdout.count("pairs to train on") == 5
 
 
 def test_share(monkeypatch):

@@ -135,7 +135,8 @@ def asked(monkeypatch):
     asked, generate = [], evaluate.generate
 
     def listening(model, prompts, **options):
-        asked.append(prompts)
+        if options["max_new_tokens"]:
+            asked.append(prompts)
         return generate(model, prompts, **options)
     monkeypatch.setattr(evaluate, "generate", listening)
     return asked
@@ -355,7 +356,6 @@ def test_every_kind_of_model(whole, table, base, tmp_path, start):
     assert [setting["runs"] for setting in found["settings"]] == [[name] for name in names]
     nll = [means_of(found)[setting_of(found, name), "all", "NLL"] for name in names]
     assert nll[1] == pytest.approx(nll[0], rel=1e-4) and len({round(x, 3) for x in nll}) == 3
-    assert [len(found["validation"][name]) for name in names] == [1, 1, 0, 2]
     assert answers_of(lora / "merged").is_file() and next((tmp_path / "out").glob("answers-whole-*.jsonl"))
 
 
@@ -373,7 +373,6 @@ def test_answers_from_elsewhere_bring_their_run(base, tmp_path, start):
     checkpoint.write_json(tmp_path / "there-1" / "run.json", other)
     found = start("0.jsonl", "1.jsonl")
     assert found["settings"] == [{"name": "there", "runs": ["there-0", "there-1"], "seeds": [0, 1]}]
-    assert found["validation"] == {"there-0": [], "there-1": []}
     shutil.copy(tmp_path / "0.jsonl", tmp_path / "2.jsonl")
     found = start("0.jsonl", "2.jsonl")
     # one name for two files would be one column
@@ -394,7 +393,6 @@ def test_a_run_is_called_what_is_typed(run, start, tmp_path, monkeypatch, asked)
     monkeypatch.chdir(run)
     found = start("../run")
     assert found["settings"] == [{"name": "run", "runs": ["../run"], "seeds": [0]}]
-    assert len(found["validation"]["../run"]) == 2
     assert len(asked) == 1
 
 
@@ -559,12 +557,6 @@ def test_other_line_breaks_in_a_text(run, table, start, tmp_path):
     assert len(findings.load_answers(path).rows) == 9
 
 
-def test_a_run_that_is_still_trained(answered, start):
-    """It may not have been validated yet."""
-    (answered / "validation.json").unlink()
-    assert start(answered)["validation"] == {str(answered): []}
-
-
 # --- BERTScore ----------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -673,8 +665,6 @@ def kinds(base, answered, table, rows, golden, tmp_path, start):
     checkpoint_of(base, rule / "merged")
     torn = copy_of(base, tmp_path / "torn")
     (torn / "run.json").write_text('{"script": "finet')
-    curves = copy_of(base, tmp_path / "curves")
-    (curves / "validation.json").write_text("[[4, ")
     (tmp_path / "empty.jsonl").write_bytes(b"")
     return {"model": other_model, "run": run, "answers": answers, "table": table,
             "copied": shutil.copy(table, tmp_path / "copied.jsonl"),
@@ -692,7 +682,6 @@ REFUSED = [
     ("{here}/nowhere", "is neither a folder"),
     ("{here}/broken --data {table}", "cannot be used"),
     ("{here}/torn", "cannot be used"),
-    ("{here}/curves", "validation.json cannot be used"),
     ("{bert} --data {table}", "is no causal language model"),
     ("{run} --max-new-tokens 257", "leaves too little of 512 tokens for the complaint: 256 at most"),
     ("{run} --max-length 14", "leaves too little of 14 tokens"),
@@ -713,11 +702,11 @@ REFUSED = [
      "evaluated with different temperature: 0.0 and 0.5"),
     ("{here}/rows.jsonl", "is not finished"),
     ("{here}/empty.jsonl", "is not finished"),
-    ("{here}/headless.jsonl", "is no answers file of evaluate.py, or has lost its first line"),
+    ("{here}/headless.jsonl", "it has lost its first line: remove it and call again"),
     ("{here}/half.jsonl", "cannot be used"),
     ("{here}/text.jsonl", "cannot be used"),
     ("{run}/model.safetensors", "cannot be used"),
-    ("{table}", "is no answers file of evaluate.py"),
+    ("{table}", "if evaluate.py wrote it, it has lost its first line"),
 ]
 
 
@@ -729,8 +718,7 @@ def test_refused_in_one_line(kinds, capsys, asked):
         error = capsys.readouterr().err.rpartition("\r")[2]  # after the bar
         error = error[error.index("error: "):]
         assert error.count("\n") == 1 and message in error, arguments
-        assert not asked or "curves" in arguments
-        asked.clear()
+        assert not asked
 
 
 def test_no_run_yet(tmp_path, monkeypatch, capsys):

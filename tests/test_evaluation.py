@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sevloss import checkpoint, severity
+from sevloss import severity
 from sevloss.evaluation import compare, findings, scores
 from sevloss.evaluation.findings import Answer, Answers, evaluate, settings_of
 
@@ -170,7 +170,7 @@ def test_keys_of_the_json():
     """What other programs read."""
     result = found(answers_of("a"), answers_of("b", seed=1))
     assert set(result) == {"protocol", "settings", "control", "groups", "contrast", "score_names", "means",
-                           "differences", "verdicts", "summary", "notes", "validation"}
+                           "differences", "verdicts", "summary", "notes"}
     estimate = ["setting", "score", "group", "value", "low", "high", "error", "df", "rows", "seeds", "p",
                 "sd_seeds"]
     assert list(result["means"][0]) == list(result["differences"][0]) == estimate
@@ -202,8 +202,20 @@ def test_verdicts_are_on_two_endpoints_alone():
     assert f"A difference of {nll['detectable']:.2g} would be found in 80% of such cases." in nll["sentence"]
     assert {entry["p"] for entry in result["differences"]} == {None}
     assert result["summary"] == [
-        "How well the model foresees what doctors wrote, against none: better with mild.",
+        "Compared with none, how well the model foresees what doctors wrote: better with mild.",
         "Whether it shifts towards critical complaints: no shift found with mild."]
+
+
+def test_findings_are_corrected_for_all_that_is_tested():
+    """p = 0.03 alone would be one; beside two other tests it is none."""
+    verdicts = []
+    for p in (0.03, 0.001, 0.04, math.nan):
+        difference = compare.Estimate(-1.0, -2.0, -0.1, 0.4, 5.0, 60.0, seeds=3, p=p)
+        verdicts.append(findings.Verdict("mild", "none", "NLL", [0, 1, 2], difference))
+    findings.judge(verdicts, {}, None)
+    assert [v.finding for v in verdicts] == [findings.NO_DIFFERENCE, "is better than", findings.NO_DIFFERENCE,
+                                             "no verdict"]
+    assert [v.p_holm for v in verdicts[:3]] == pytest.approx([0.06, 0.003, 0.06])
 
 
 @pytest.mark.parametrize("change, finding, summary", [
@@ -245,7 +257,7 @@ def test_seeds_are_paired_by_number():
     result = found(*none, *mild, notes=notes)
     verdict = result["verdicts"][0]
     assert verdict["seeds"] == [0, 1, 2]
-    assert notes == ["mild and none: only one of them has seed 3, 7 and 9, left out where they are compared"]
+    assert notes == ["mild and none: only one of them has seed 3, 7 and 9, which is left out"]
     a, b = (np.array([[row.nll / row.tokens for row in side[i].rows] for i in order])
             for side, order in ((none, (0, 1, 2)), (mild, (2, 1, 0))))
     assert verdict["difference"]["error"] == pytest.approx(compare.paired_t(a, b).error)
@@ -354,20 +366,3 @@ def test_names_of_settings():
     data = {"r_1": run_of(seed=0), "r_2": run_of(seed=1), "r_3": run_of(fingerprint="g", seed=0),
             "r_4": run_of(fingerprint="g", seed=1)}
     assert list(settings(**data)) == ["r/1", "r/3"]
-
-
-# --- what a run brings --------------------------------------------------------------------------------------
-
-def test_validation(tmp_path):
-    """Of the run's folder, also for its merged/; not of another run that bears its name here."""
-    run = tmp_path / "run"
-    checkpoint.write_run_json(run, "finetune.py", run_of()["arguments"], data_fingerprint="f",
-                              coefficients=[0.0, 1.0, 2.0])
-    (run / "validation.json").write_text("[[2, 3.5]]")
-    (run / "merged").mkdir()
-    for name in (run, run / "merged"):
-        a = answers_of(str(name), findings.read_run_json(name), rows=3)
-        assert found(a)["validation"] == {a.name: [[2, 3.5]]}
-    a = answers_of(str(run), findings.read_run_json(run) | {"data_fingerprint": "g"}, rows=3)
-    assert found(a)["validation"] == {a.name: []}
-    assert findings.read_run_json(run / "state") == {}

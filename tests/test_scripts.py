@@ -475,7 +475,7 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
     before = json.loads((base / "run.json").read_text())
     refused("is no run of finetune.py", change=lambda: (run / "run.json").write_text(json.dumps(before
                                                                                                 | {"script": "a.py"})))
-    refused("cannot be read as JSON", change=lambda: (run / "run.json").unlink())
+    refused("run.json cannot be used", change=lambda: (run / "run.json").unlink())
     refused("is a run of an older version", change=lambda: (run / "best").mkdir())
     refused("was made with split rule 1", change=lambda: (run / "run.json").write_text(json.dumps(before
                                                                                                   | {"split_rule": 1})))

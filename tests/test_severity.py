@@ -71,3 +71,19 @@ def test_fit_temperature_stays_bounded(scale, shift):
     """Four rows, all right or all wrong: without a prior the optimum would be 0 or infinity."""
     labels = torch.tensor([0, 1, 2, 0])
     assert 0.4 <= severity.fit_temperature(F.one_hot(labels, 3) * scale, (labels + shift) % 3) <= 6
+
+
+def test_auc_by_hand():
+    """Of 2 x 3 pairs 4 are in order and one is even; all the same is 0.5; without one of the kinds there is none."""
+    values, positive = torch.tensor([0.9, 0.4, 0.4, 0.1, 0.6]), torch.tensor([True, True, False, False, False])
+    assert severity.auc(values, positive) == pytest.approx(4.5 / 6)
+    assert severity.auc(torch.ones(5), positive) == 0.5
+    assert math.isnan(severity.auc(values, torch.zeros(5, dtype=torch.bool)))
+    assert math.isnan(severity.auc(values, torch.ones(5, dtype=torch.bool)))
+
+
+def test_calibration_error_by_chance():
+    """Right probabilities show an error that falls with the number of rows, and not 0."""
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
+    few, many = (severity.calibration_error_by_chance(p.repeat(n, 1)) for n in (12, 1200))
+    assert 0.08 < few < 0.2 and 0.005 < many < 0.02

@@ -94,11 +94,10 @@ def check_same(protocols):
     for name, protocol in others:
         for key, value in expected.items():
             found = protocol.get(key)
-            if found == value or key == "table":  # the table's name: the fingerprint stands for what is in it
-                continue
-            what = "rows or references" if key == "fingerprint" else f"{key}: {value} and {found}"
-            raise InputError(f"{first} and {name} cannot be compared, they were evaluated with different "
-                             f"{what}: evaluate both in one call")
+            if found != value and key != "table":  # the fingerprint stands for what is in the table
+                what = "rows or references" if key == "fingerprint" else f"{key}: {value} and {found}"
+                raise InputError(f"{first} and {name} cannot be compared, they were evaluated with different "
+                                 f"{what}: evaluate both in one call")
 
 
 def run_folder(name):
@@ -124,12 +123,8 @@ def _read_lines(path):
     path = Path(path)
     if not path.is_file():
         return []
-    return [_parse(path, line) for line in path.read_bytes().split(b"\n")[:-1] if line]
-
-
-def _parse(path, text):
     with interpreting(path, "if it was written here, remove it and call again"):
-        return json.loads(text)
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
 
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -180,12 +175,9 @@ def _setting_names(groups):
 
 def choose_control(settings, answers, against):
     """The setting with the run `against`; else the first one with equal weights; else the first one."""
-    equal = [a.name for a in answers if len(set(a.run.get("coefficients", "01"))) == 1]
-    for runs in ([against], equal):
-        for setting in settings:
-            if set(runs) & set(setting.runs):
-                return setting
-    return settings[0]
+    runs = [against, *(a.name for a in answers if len(set(a.run.get("coefficients", "01"))) == 1)]
+    chosen = [setting for run in runs for setting in settings if run in setting.runs]
+    return (chosen or settings)[0]
 
 
 def pair_runs(control, setting):
@@ -221,7 +213,7 @@ class Evaluation:
     protocol: dict
     settings: list[Setting]
     control: str
-    groups: dict  # group -> number of rows
+    groups: dict  # group -> number of rows, of the contrast that of its smaller class
     contrast: str | None  # the group that is a difference of two
     score_names: list
     means: dict  # (setting, score, group) -> Estimate
@@ -229,7 +221,6 @@ class Evaluation:
     verdicts: list[Verdict]
     summary: list  # of the verdicts, in two sentences
     notes: list
-    validation: dict  # run -> [[step, NLL], ...], as far as its folder is here
     answers: list[Answers]
     row_scores: dict  # run -> {score: (n,)}
 
@@ -252,8 +243,7 @@ def evaluate(answers, bertscores, notes, against=None):
     contrast = next((name for name, weights in groups.items() if "minus" in weights), None)
     row_scores = {a.name: scores_of(a, bertscores.get(a.name)) for a in answers}
     tokens = {a.name: np.array([row.tokens for row in a.rows]) for a in answers}
-    score_names = list(row_scores[answers[0].name])
-    score_names.insert(1, "NLL over tokens")
+    score_names = ["NLL", "NLL over tokens", *list(row_scores[answers[0].name])[1:]]
 
     def of_runs(runs, score):
         """Values of runs with the same tokens, (S, n), and the rows' counts, (n,)."""
@@ -280,13 +270,11 @@ def evaluate(answers, bertscores, notes, against=None):
         a_runs, b_runs, seeds = pair_runs(control, setting)
         pair = f"{setting.name} and {control.name}"
         if alone := set(control.seeds + setting.seeds) - set(seeds) - {None}:
-            notes.append(f"{pair}: only one of them has seed {listed(sorted(alone))}, left out where they "
-                         "are compared")
+            notes.append(f"{pair}: only one of them has seed {listed(sorted(alone))}, which is left out")
         comparable = [score for score in score_names if seeds]
         if not np.array_equal(tokens[control.runs[0]], tokens[setting.runs[0]]):
             comparable = comparable[2:]
-            notes.append(f"NLL of {pair} is not compared: the references are not the same number of tokens "
-                         "for both")
+            notes.append(f"NLL of {pair} is not compared: the references are not the same number of tokens")
         for score, group in product(comparable, groups):
             a, counts = of_runs(a_runs, score)
             b, _ = of_runs(b_runs, score)
@@ -299,10 +287,9 @@ def evaluate(answers, bertscores, notes, against=None):
             unknown = compare.Estimate(*[math.nan] * 6, seeds=0)
             verdicts.append(Verdict(setting.name, control.name, "NLL", [], unknown))
     judge(verdicts, differences, contrast)
-    counts = {name: int((weights["weights"] > 0).sum()) for name, weights in groups.items()}
+    counts = {name: min(int((w > 0).sum()) for w in weights.values()) for name, weights in groups.items()}
     return Evaluation(answers[0].protocol, settings, control.name, counts, contrast, score_names, means,
-                      differences, verdicts, summarise(verdicts, control.name), notes,
-                      {a.name: validation_of(a) for a in answers}, answers, row_scores)
+                      differences, verdicts, summarise(verdicts, control.name), notes, answers, row_scores)
 
 
 def scores_of(answers, bertscore=None):
@@ -318,15 +305,6 @@ def scores_of(answers, bertscore=None):
     return row_scores
 
 
-def validation_of(answers):
-    """[[step, NLL], ...] of the run; [] where its folder is not here, or is another run's."""
-    folder = run_folder(answers.name)
-    if not folder or read_run_json(answers.name) != answers.run:
-        return []
-    path = folder / "validation.json"
-    return _parse(path, path.read_bytes()) if path.is_file() else []
-
-
 def without_nan(value):
     """`value`, which json can write, with None for every nan and infinity: JSON itself has neither."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
@@ -337,10 +315,10 @@ def without_nan(value):
 NO_DIFFERENCE = "is not distinguishable from"
 FINDINGS = {  # endpoint: {finding: words of the summary}; of a negative difference, a positive one, none
     "NLL": {"is better than": "better with", "is worse than": "worse with",
-            NO_DIFFERENCE: "no difference found with", "no verdict": "no verdict on"},
+            NO_DIFFERENCE: "no difference found with", "no verdict": "too little to tell with"},
     "contrast": {"shifts towards critical rows against": "yes with",
                  "shifts away from critical rows against": "the opposite with",
-                 NO_DIFFERENCE: "no shift found with", "no verdict": "no verdict on"}}
+                 NO_DIFFERENCE: "no shift found with", "no verdict": "too little to tell with"}}
 
 
 def judge(verdicts, differences, contrast):
@@ -364,15 +342,20 @@ def judge(verdicts, differences, contrast):
 def sentence_of(v):
     """The finding with its numbers, or why there is none."""
     what = {"NLL": "NLL", "contrast": "the contrast (NLL of critical minus non-critical rows)"}[v.endpoint]
-    rows = f"{v.difference.rows:.0f} rows"
+    rows = f"{v.difference.rows:.0f} rows{' of the smaller class' if v.endpoint == 'contrast' else ''}"
     seeds = len(v.seeds)
+    remedy = ""
+    if v.endpoint == "NLL" and v.seeds != [None]:
+        new = next((seed for seed in range(3) if seed not in v.seeds), 0)
+        remedy = (f" To settle it, train both with three seeds (python finetune.py --seed {new} ..., the "
+                  "rest unchanged) and evaluate all runs in one call.")
     if not seeds:
-        return f"{v.setting} and {v.control} have no seed in common and are not compared. {remedy(v)}"
+        return f"{v.setting} and {v.control} have no seed in common and are not compared.{remedy}"
     if seeds < compare.FEWEST_SEEDS:
         runs = "these two runs differ" if seeds == 1 else "these two pairs of runs differ"
         says = "one seed says" if seeds == 1 else "two seeds say"
         return (f"{v.setting} and {v.control}: {runs} by {signed(v.difference)} in {what}; {says} nothing "
-                f"about the settings. {remedy(v)}").strip()
+                f"about the settings.{remedy}")
     if v.finding == "no verdict":
         return (f"{v.setting} and {v.control} differ by {signed(v.difference)} in {what}; {rows} are too few "
                 "for a verdict.")
@@ -381,20 +364,11 @@ def sentence_of(v):
             f"seeds and {rows}. A difference of {v.detectable:.2g} would be found in 80% of such cases.")
 
 
-def remedy(v):
-    """What to run for a verdict; said once, with the NLL."""
-    if v.endpoint == "contrast" or v.seeds == [None]:
-        return ""
-    seed = next(seed for seed in range(3) if seed not in v.seeds)
-    return (f"To settle it, train both with three seeds (python finetune.py --seed {seed} ..., all else the "
-            "same) and evaluate all runs in one call.")
-
-
 def summarise(verdicts, control):
     """[how well, for whom] in words; one sentence where there is no verdict; [] where nothing is compared."""
     if verdicts and all(v.finding == "no verdict" for v in verdicts):
         return [f"No verdict: it takes three seeds in common with {control}, and {compare.FEWEST_ROWS} rows."]
-    leads = {"NLL": f"How well the model foresees what doctors wrote, against {control}",
+    leads = {"NLL": f"Compared with {control}, how well the model foresees what doctors wrote",
              "contrast": "Whether it shifts towards critical complaints"}
     sentences = []
     for endpoint, lead in leads.items():
@@ -415,7 +389,7 @@ def listed(words):
 def signed(estimate):
     """Value and 95% interval, in digits that mean something."""
     places = decimals(estimate.high - estimate.value)
-    value, low, high = (f"{x:+.{places}f}" for x in estimate[:3])
+    value, low, high = (f"{x:+z.{places}f}" for x in estimate[:3])
     return value if math.isnan(estimate.low) else f"{value} [{low}, {high}]"
 
 

@@ -110,7 +110,7 @@ def cell(estimate, places, sign):
     """Value [95% interval]; a line may break before the bracket alone."""
     if estimate is None or math.isnan(estimate.value):
         return "–"
-    value, low, high = (f"{x:{sign},.{places}f}" for x in estimate[:3])
+    value, low, high = (f"{x:{sign}z,.{places}f}" for x in estimate[:3])
     return value if math.isnan(estimate.low) else f"{value} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
@@ -124,6 +124,7 @@ def draw_differences(evaluation, endpoint):
     figure = Figure(figsize=(5.6, 1.3 + 0.4 * len(verdicts)), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)
+    axes.locator_params(axis="x", nbins=5)
     axes.axvline(0, color="grey", linewidth=1)
     for place, v in enumerate(verdicts):
         value, low, high = v.difference[:3]

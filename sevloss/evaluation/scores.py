@@ -53,11 +53,9 @@ def per_token(nll, tokens):
 
 def row_groups(rows):
     """{name: arguments of compare.estimate, weights (n,) among them}: "all"; each class; the contrast of
-    critical minus non-critical rows; each specialty. rows: findings.Answer.
-
-    Predicted classes are groups of their own, and have no part in the contrast where any row has a label.
-    Where none has, there is also "by p(critical)": a row counts as much as it is critical.
-    """
+    critical minus non-critical rows; each specialty. rows: findings.Answer. Predicted classes are groups of
+    their own, and have no part in the contrast where any row has a label. Where none has, there is also "by
+    p(critical)": a row counts as much as it is critical."""
     names = np.array([row.class_name for row in rows])
     specialties = np.array([row.specialty for row in rows])
     groups = {"all": {"weights": np.ones(len(rows))}}
@@ -80,10 +78,8 @@ def row_groups(rows):
 
 def answer_scores(complaints, answers, references, unfinished):
     """{score: (n,)}: every score of n answers that texts alone give. unfinished (n,): the answer has no end.
-
-    chrF, BLEU and ROUGE-L are of `folded` texts: AraBERT's preprocessing takes diacritics, tatweel and the
-    Arabic shapes of digits away, and models trained on it cannot write them.
-    """
+    chrF, BLEU and ROUGE-L are of `folded` texts: models behind AraBERT's preprocessing cannot write
+    diacritics, tatweel and the Arabic shapes of digits."""
     folded_answers = [folded(a) for a in answers]
     folded_references = [folded(r) for r in references]
     scores = {

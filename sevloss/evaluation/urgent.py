@@ -1,9 +1,8 @@
 """Whether an answer sends the patient to emergency care: a list of expressions in Modern Standard Arabic and
 the dialects of the sample.
 
-Of replies by doctors that it takes for urgent about 81% are, and it finds at most 73% of those that are. In
-data/sample.jsonl 115 responses are hits, of which 35 are advice for the case that things get worse. So the
-share of answers that are urgent describes a model; it does not judge it.
+On doctors' real replies its precision is about 0.81 and its recall at most 0.73; of its 115 hits in
+data/sample.jsonl 35 are advice for the case that things get worse. It describes a model, it is no judgement.
 """
 
 import re
