@@ -93,9 +93,14 @@ def writing(path):
     try:
         yield
     except Exception as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        reason = getattr(cause, "strerror", None) or str(cause).partition("\n")[0]
+        reason = _reason(error)
         raise InputError(f"{path} cannot be written: {reason}; what was saved before stays") from error
+
+
+def _reason(error):  # apart: a name for it in the frame above would keep the frames alive, and a progress bar
+    if isinstance(error.__context__, OSError):
+        error = error.__context__
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
 def flush_to_disk(path):

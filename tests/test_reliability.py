@@ -78,7 +78,7 @@ def refused(capsys, *arguments, script=finetune):
     refusal(script, *arguments)
     err = capsys.readouterr().err
     line = err.rpartition("error: ")[2]
-    assert err.count("error: ") == 1 and line.count("\n") == 1 and "Traceback" not in err
+    assert err.count("error: ") == 1 and line.find("\n") == len(line) - 1 and "Traceback" not in err
     return line
 
 
