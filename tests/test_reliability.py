@@ -90,7 +90,7 @@ def test_kills_in_short():
                           text=True, encoding="utf-8", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert len(table) >= 15
+    assert len(table) == 12
 
 
 # ------------------------------------------------------------------ no dead end
