@@ -2,7 +2,7 @@
 
     python evaluate.py                              # the newest run of finetune.py
     python evaluate.py runs/plain-? runs/mild-?     # runs that differ only in the seed are one setting
-    python evaluate.py runs/* --max-new-tokens 0    # likelihoods alone: minutes, and enough for a verdict
+    python evaluate.py runs/plain-? runs/mild-? --max-new-tokens 0   # likelihoods: enough for a verdict
     python evaluate.py runs/balanced aragpt2-medium --data maqa_severity.jsonl
     python evaluate.py a/evaluation/answers-1.jsonl b/evaluation/answers-1.jsonl     # answered elsewhere
 """
@@ -80,7 +80,7 @@ def parse_arguments():
 # --- what is evaluated --------------------------------------------------------------------------------------
 
 def newest_run():
-    """The run of finetune.py in runs/ that was begun last."""
+    """The run of finetune.py in runs/ that was begun or resumed last."""
     runs = [path.parent for path in Path("runs").glob("*/run.json")]
     runs = [run for run in runs if findings.read_run_json(run).get("script") == "finetune.py"]
     if not runs:
@@ -117,7 +117,8 @@ def test_rows(args, runs):
         columns = run.get("columns", {}) | columns
     pairs = tables.read_pairs(table, needed=("complaint", "response"), columns=columns)
     for name, run in trained.items():
-        same_file = Path(run["table"]).resolve() == Path(table).resolve()
+        known = [Path(path).resolve() for path in (run["table"], run["arguments"].get("data", run["table"]))]
+        same_file = Path(table).resolve() in known  # the latter: before a classifier annotated it
         seen = args.split == "all" or run["arguments"].get("validation")  # then all of it was trained on
         if seen and (same_file or run["data_fingerprint"] == str(Fingerprint(pairs))):
             raise InputError(f"{name} was trained on {table}: that would score what it has seen; give "
@@ -250,6 +251,7 @@ def bert_scores(answers, args, notes):
                 f1[a.name] = [float(score) for score in before["f1"]]
                 if len(f1[a.name]) != len(a.rows):
                     raise ValueError(f"{len(f1[a.name])} scores of {len(a.rows)} answers")
+                notes += before["notes"]
             continue
         try:
             compute = device.choose(args.device, "fp32")
@@ -262,9 +264,11 @@ def bert_scores(answers, args, notes):
             return {}
         with tqdm(total=2 * len(a.rows), unit="text", desc=f"BERTScore {a.name}", mininterval=1) as bar:
             f1[a.name] = scorer.score(*texts, progress=bar)[2].tolist()
-        checkpoint.write_json(kept, {"made_of": made_of, "f1": f1[a.name]})
+        cut = []
         if scorer.cut:
-            notes.append(f"BERTScore of {a.name}: {scorer.cut:,} texts were cut to what the encoder reads")
+            cut = [f"BERTScore of {a.name}: {scorer.cut:,} texts were cut to what the encoder reads"]
+        checkpoint.write_json(kept, {"made_of": made_of, "f1": f1[a.name], "notes": cut})
+        notes += cut
     return f1
 
 
@@ -352,7 +356,7 @@ def evaluate(args, names, out):
     checkpoint.write_json(out / "evaluation.json", evaluation.to_json())
 
     # What is printed
-    if args.max_new_tokens:
+    if evaluation.protocol["max_new_tokens"]:
         print_answers(evaluation, args.answers)
     print(f"\n{table}\n\nNLL: in nats per token of response and end of text. Intervals are in the report.")
     for sentence in (*evaluation.summary, *(v.sentence for v in evaluation.verdicts), *evaluation.notes):

@@ -90,7 +90,7 @@ def parse_arguments():
     add("--seed", type=int, default=0)
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; parameters stay fp32")
+    add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; what learns is fp32")
     add("--micro-tokens", type=int, default=4096, help="at most so many tokens in memory at once")
     add("--gradient-checkpointing", action="store_true", help="less memory: compute each block twice")
     add("--compile", action="store_true", help="on a GPU: steps in 0.5 to 0.7 of the time, but a slow start")
@@ -130,7 +130,7 @@ def parse_arguments():
 # --- model --------------------------------------------------------------------------------------------------
 
 def make_model(args, compute, table, reading):
-    """(model, tokenizer, preprocessing) of the checkpoint; `tiny`: new, of the training rows."""
+    """(model, tokenizer, preprocessing) of the checkpoint; `tiny`: new, its vocabulary made of the table."""
     if args.ckpt == "tiny":
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
         with contextlib.redirect_stdout(io.StringIO()):  # encoded_table will say the same about the table
@@ -265,8 +265,9 @@ def train(args, run):
     validation = None
     if args.validation:
         data.file_fingerprint(args.validation)  # refuses one that is not there, before anything is computed
-        validation = dict(path=args.validation, needed=reading["needed"],
-                          columns=tables.parse_columns(args.columns))
+        columns_there = tables.parse_columns(args.columns)  # of which it needs no probabilities
+        columns_there = {role: columns_there[role] for role in reading["needed"] if role in columns_there}
+        validation = dict(path=args.validation, needed=reading["needed"], columns=columns_there)
 
     # ---- model and tokenizer; seeded here: runs that differ only in their weights start from the same model
     device.seed_everything(args.seed)
@@ -386,7 +387,8 @@ def train(args, run):
                                         progress))
         elif stopping:
             checkpoint.save_state(run, model, optimizer, scaler, progress)
-        stop.leave(stopping, f"saved after step {step + 1} of {steps}: --resume --out {run} goes on")
+        if step + 1 < steps:
+            stop.leave(stopping, f"saved after step {step + 1} of {steps}: --resume --out {run} goes on")
     stop.waits = False
     bar.close()
 

@@ -83,7 +83,7 @@ def lock_folder(folder):
     """Holds a folder; of a run, what killed processes were writing is removed, and links to other folders are
     refused."""
     with lock(folder / ".lock"):
-        for path in folder.rglob("*") if (folder / "run.json").is_file() else ():
+        for path in folder.rglob("*") if is_rank_0() and (folder / "run.json").is_file() else ():
             if path.is_symlink() and path.is_dir():
                 raise InputError(f"{path} leads out of the run: put the folder itself in its place")
             if path.name.endswith(".tmp") or path.name.startswith(".tmp"):  # the latter are safetensors' own
@@ -190,12 +190,14 @@ def save_state(run, model, optimizer, scaler, progress):
     """state/training.pt: the weights that learn (the others come from the checkpoint), optimizer, scaler,
     progress, the run's id; behind them a SHA-256 of it all. Order of the examples and random draws need no
     entry: they follow from seed and step."""
-    weights = {name: distributed.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    tensors = model.state_dict()  # it also gives back what a sharded model has gathered
+    learnt = [name for name, p in model.named_parameters() if p.requires_grad]
+    weights = {name: distributed.whole(tensors[name]).cpu() for name in learnt}
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise not_finite(run, f"the weights are not finite after step {progress['step']}")
     moments = optimizer.state_dict()
     for i, tensors in moments["state"].items():
-        moments["state"][i] = {name: distributed.whole(tensor) for name, tensor in tensors.items()}
+        moments["state"][i] = {name: distributed.whole(tensor).cpu() for name, tensor in tensors.items()}
     state = {
         "run": hub.read_json(run / "run.json")["id"],
         "progress": progress,

@@ -188,14 +188,15 @@ def encode_prompts(tokenizer, complaints, max_lengths, prompt=PROMPT):
     ids = encode_from_start(tokenizer, [prompt.format(complaint=complaint) for complaint in complaints])
     cut = 0
     for i, max_length in enumerate(max_lengths):
-        cut += len(ids[i]) > max_length
-        kept_tokens = len(ids[i])
+        cut_here = len(ids[i]) > max_length
+        cut += cut_here
+        offsets = tokenizer.encode(complaints[i], add_special_tokens=False).offsets if cut_here else ()
+        kept_tokens = len(offsets)
         while len(ids[i]) > max_length:  # once, as a rule: the end of what is left may encode to a token more
-            kept_tokens -= max(1, len(ids[i]) - max_length)
-            offsets = tokenizer.encode(complaints[i], add_special_tokens=False).offsets
-            if kept_tokens < 1 or not offsets:
+            kept_tokens -= len(ids[i]) - max_length
+            if kept_tokens < 1:
                 raise InputError(f"{max_length} tokens are too few for a prompt: raise --max-length")
-            end = offsets[min(kept_tokens, len(offsets)) - 1][1]
+            end = offsets[kept_tokens - 1][1]
             ids[i], = encode_from_start(tokenizer, [prompt.format(complaint=complaints[i][:end])])
     return ids, cut
 

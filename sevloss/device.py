@@ -18,7 +18,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 @dataclass
 class Compute:
     device: torch.device
-    dtype: torch.dtype  # of the matrix products; parameters, norms, softmax and loss stay fp32
+    dtype: torch.dtype  # of the matrix products; what learns, softmax and loss stay fp32
     reason: str
 
     def autocast(self):

@@ -149,8 +149,9 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
 
     Weights and denominator are kept away from what is stored in 16 bits: a weight of 1/300 over a denominator
     of 100,000 would push fp16 below its smallest number before a GradScaler's factor, which arrives with the
-    upstream gradient, could lift it. So G is stored without them; w joins the rows of X for dW (divided by a
-    power of two near the largest w) and, in fp32 in the backward pass, those of d hidden, as 1 / denominator.
+    upstream gradient, could lift it. So G is stored without them. For dW, w multiplies the rows of X, divided
+    by a power of two near the largest w; for d hidden, w multiplies its rows in the backward pass, in fp32.
+    1 / denominator comes in the backward pass, too.
     """
 
     @staticmethod

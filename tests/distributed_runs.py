@@ -24,6 +24,7 @@ RUNS = {
     "tokens": "--ckpt gpt2 --max-steps 4 --normalise token --weighting strong",
     "lora": "--ckpt llama --max-steps 12 --lora 4",
     "sharded": "--ckpt gpt2 --max-steps 12 --shard",
+    "sharded bf16": "--ckpt llama --max-steps 2 --dtype bf16 --shard",
     "sharded lora": "--ckpt llama --max-steps 12 --lora 4 --shard",
     "killed": "--ckpt gpt2 --max-steps 12 --save-every 4 --resume",
 }

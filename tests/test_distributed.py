@@ -56,7 +56,7 @@ def two(folder):
 
 @pytest.fixture(scope="module")
 def three(folder):
-    launch(folder, "three", ["two rows a step", "sharded lora"], 3)
+    launch(folder, "three", ["two rows a step", "sharded lora", "sharded bf16"], 3)
     return folder / "three"
 
 
@@ -88,6 +88,15 @@ def test_same_weights(folder, two, three, ranks, name, bound):
     if "lora" in name:
         before = {key: 0 * tensor if "lora_B" in key else tensor for key, tensor in one.items()}
     assert distance(one, other) < bound * distance(one, before)
+
+
+def test_state_of_a_sharded_model_is_not_rounded(three):
+    """Validation leaves gathered copies in bf16 behind; what is saved are the fp32 weights."""
+    state = torch.load(three / "sharded bf16" / "state" / "training.pt")
+    stored = weights(three / "sharded bf16")
+    for name, tensor in state["model"].items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, stored[name])
+        assert not torch.equal(tensor, tensor.bfloat16().float())
 
 
 def test_same_metrics(folder, two):

@@ -184,7 +184,8 @@ def pair_runs(control, setting):
     """(runs of the control, runs of the setting, seeds): those with a seed in common. A plain checkpoint,
     which no seed made, goes with every run."""
     if None in control.seeds + setting.seeds:
-        return control.runs, setting.runs, max(control.seeds, setting.seeds, key=len)
+        seeds = setting.seeds if None in control.seeds else control.seeds
+        return control.runs, setting.runs, seeds
     seeds = sorted(set(control.seeds) & set(setting.seeds))
     a, b = ([side.runs[side.seeds.index(seed)] for seed in seeds] for side in (control, setting))
     return a, b, seeds

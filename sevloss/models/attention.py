@@ -146,6 +146,7 @@ class KVCache:
         self.sequence_ids = self.prompts.sequence_ids
         self.room = self.max_seqlen + self.ROOM
         self.buffers = {}
+        self._masks = {}  # window -> mask of the present call; all layers of a model have the same slopes
 
     def advance(self):
         """After each call of the model: the next one holds one token of each sequence."""
