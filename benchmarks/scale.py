@@ -1,11 +1,12 @@
-"""Memory of a device and communication of a step, from the shape of a model: the tables of docs/scale.md, which
-explains the formulas.
+"""Memory of a device and communication of a step, from the shape of a model: the tables of docs/scale.md,
+which explains the formulas.
 
     python benchmarks/scale.py            # the tables
-    python benchmarks/scale.py --measure  # the formulas against finetune.py on two ranks of this CPU, in fp32
+    python benchmarks/scale.py --measure  # against finetune.py on two ranks of this CPU, in fp32
 
---measure: resident memory of each rank from just before the model is made to its peak in the second step, of two
-micro-batches, so that gradients are there while activations are.
+--measure: bytes of all tensors that are there at once, at the most, in the second step, of two micro-batches
+or more, so that gradients are there while activations are. What is scratch inside an operation is not
+counted, nor what the allocator keeps.
 """
 
 import argparse
@@ -14,14 +15,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import weakref
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import turns
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import finetune
-from sevloss import data, device, distributed
+from sevloss import distributed
 from sevloss.inputs import tables
 from sevloss.loss import _chunk_sizes
 from sevloss.models import FAMILIES, build, from_scratch, lora, save_model
@@ -64,7 +69,7 @@ SHAPES = {
 # --- the formulas -------------------------------------------------------------------------------------------
 
 def describe(raw, rank=None):
-    """Numbers of parameters of a model, built without memory. raw: its config.json; rank: of LoRA, or None."""
+    """Counts of a model's parameters; it is built without memory. raw: its config.json; rank: of LoRA."""
     family = FAMILIES[raw["model_type"]]
     model = build(family, family.normalize_config(raw, {}))
     if rank:
@@ -79,8 +84,8 @@ def describe(raw, rank=None):
 
 
 def saved_bytes(shape, bits, cpu=False):
-    """Bytes that the blocks keep for the backward pass, a token. bits: of products, 16 or 32; cpu: what attention
-    and RMSNorm keep there in addition."""
+    """Bytes that the blocks keep for the backward pass, a token. bits: of products, 16 or 32; cpu: what
+    attention and RMSNorm keep there in addition."""
     b = bits // 8
     D, config, full = shape.width, shape.config, not shape.rank
     if shape.raw["model_type"] in ("gpt2", "aragpt2", "bloom"):
@@ -127,18 +132,19 @@ def memory(shape, *, ranks=1, sharded=False, bits=16, tokens=MICRO_TOKENS, targe
     else:
         gathered = 2 * shape.everything if full and bits == 16 else 0
 
-    # gradients that wait, whole, for the last micro-batch
-    waiting = 4 * shape.learning if sharded and micro_batches > 1 else 0
+    # sharded gradients wait, whole, for the last micro-batch
+    gradients = 4 * shape.learning // (1 if micro_batches > 1 else parts)
 
     # the loss: logits of a chunk, softmax of a block; the head's gradient, and its copy in the backward pass
-    chunk, block = _chunk_sizes(device_type, shape.vocabulary, torch.bfloat16 if bits == 16 else torch.float32)
+    dtype = torch.bfloat16 if bits == 16 else torch.float32
+    chunk, block = _chunk_sizes(device_type, shape.vocabulary, dtype)
     buffers = shape.vocabulary * (min(chunk, targets) * b + 2 * min(block, targets) * 4)
     loss = 4 * head + max(4 * head, buffers) if full else buffers
 
     activations = tokens * (saved_bytes(shape, bits, device_type == "cpu") + 8 * shape.width)
     bucket = min(4 * shape.learning, 4 * (distributed.BUCKET + head)) if ranks > 1 and not sharded else 0
     return {"weights": (b * frozen + 4 * shape.learning) // parts,
-            "gradients": 4 * shape.learning // parts + waiting, "moments": 8 * shape.learning // parts,
+            "gradients": gradients, "moments": 8 * shape.learning // parts,
             "gathered": gathered, "activations and loss": max(activations + loss, bucket)}
 
 
@@ -161,10 +167,14 @@ def step_seconds(shape, ranks, sharded, tokens=MICRO_TOKENS, micro_batches=MICRO
     return flops / FLOPS, communication(shape, ranks, sharded) / link
 
 
+def label(name, rank):
+    return f" | LoRA {rank}" if rank else f"{name} | full"
+
+
 def print_tables():
-    print(f"Memory of a device in GiB, bf16, {MICRO_TOKENS:,} tokens in a micro-batch, half of them targets.\n")
-    print("| checkpoint | | parameters | learn | weights | gradients | moments | 16-bit copies | activations, loss "
-          "| one device | data-parallel | sharded, 8 | sharded, 64 |\n|" + "---|" * 13)
+    print(f"Memory of a device, GiB: bf16, {MICRO_TOKENS:,} tokens in a micro-batch, half of them targets.\n")
+    print("| checkpoint | | parameters | learn | weights | gradients | moments | 16-bit copies "
+          "| activations, loss | one device | data-parallel | sharded, 8 | sharded, 64 |\n|" + "---|" * 13)
     for name, raw in SHAPES.items():
         for rank in (None, RANK):
             shape = describe(raw, rank)
@@ -172,9 +182,9 @@ def print_tables():
             totals = [sum(memory(shape, ranks=n, sharded=s).values())
                       for n, s in ((1, False), (8, False), (8, True), (64, True))]
             cells = [f"{value / GIB:.1f}" for value in (*alone.values(), *totals)]
-            print(f"| {name if not rank else ''} | {f'LoRA {rank}' if rank else 'full'} | {shape.everything / 1e6:,.0f} M "
-                  f"| {shape.learning / 1e6:,.1f} M | {' | '.join(cells)} |")
-    print(f"\nWhat a device sends in a step of {MICRO_BATCHES} micro-batches, in GiB; milliseconds of a step: "
+            print(f"| {label(name, rank)} | {shape.everything / 1e6:,.0f} M | {shape.learning / 1e6:,.1f} M "
+                  f"| {' | '.join(cells)} |")
+    print(f"\nWhat a device sends in a step of {MICRO_BATCHES} micro-batches, GiB; milliseconds of a step: "
           "computing + sending.\n")
     columns = [(8, False), (64, False), (8, True), (64, True)]
     print("| checkpoint | | one device, ms | " + " | ".join(
@@ -186,46 +196,74 @@ def print_tables():
             for n, s in columns:
                 computing, sending = (seconds * 1e3 for seconds in step_seconds(shape, n, s))
                 cells.append(f"{communication(shape, n, s) / GIB:.2f}, {computing:,.0f} + {sending:,.0f}")
-            print(f"| {name if not rank else ''} | {f'LoRA {rank}' if rank else 'full'} | {' | '.join(cells)} |")
+            print(f"| {label(name, rank)} | {' | '.join(cells)} |")
 
 
 # --- against finetune.py ------------------------------------------------------------------------------------
 
+class LiveTensors(TorchDispatchMode):
+    """The bytes of all tensors that operations have read or made and that are still there, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+        self.peak = 0
+
+    def add(self, *values):
+        for value in tree_leaves(values):
+            if isinstance(value, torch.Tensor):
+                storage = getattr(value, "_local_tensor", value).untyped_storage()
+                self.storages[storage._cdata] = weakref.ref(storage)
+        alive = [storage() for storage in self.storages.values()]
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive if storage is not None))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.add(args, kwargs, result)
+        return result
+
+
 def rank_of_measurement(arguments):
-    """finetune.py in this process, to the end of its second step: prints what it took."""
-    seen = dict(tokens=0, targets=0, before=0, steps=0)
-    make_model, make_batch, step = finetune.make_model, data.make_batch, torch.optim.AdamW.step
+    """finetune.py in this process, to the end of its second step: writes what it took."""
+    seen = dict(tokens=0, targets=0, steps=0)
+    live = LiveTensors()
+    adamw, loss, step = finetune.adamw, finetune.linear_weighted_token_ce, torch.optim.AdamW.step
 
-    def making_model(*args):
-        device.keep_freed_memory()
-        seen["before"] = turns.memory()["VmRSS"]
-        return make_model(*args)
+    def note_tokens(model, arguments):
+        seen["tokens"] = max(seen["tokens"], len(arguments[0]))
 
-    def making_batch(*args):
-        batch = make_batch(*args)
-        seen["tokens"] = max(seen["tokens"], len(batch.tokens))
-        seen["targets"] = max(seen["targets"], len(batch.targets))
-        return batch
+    def noting_targets(hidden, *args, **options):
+        seen["targets"] = max(seen["targets"], len(hidden))
+        return loss(hidden, *args, **options)
+
+    def making_optimizer(model, *args):
+        live.add(*(p.detach() for p in model.parameters()))
+        live.__enter__()
+        model.register_forward_pre_hook(note_tokens)
+        return adamw(model, *args)
 
     def stepping(optimizer):
         step(optimizer)
         seen["steps"] += 1
-        if seen["steps"] == 1:
-            turns.reset_peak()
         if seen["steps"] == 2:
-            seen["peak"] = turns.memory()["VmHWM"] - seen["before"]
+            seen["peak"] = live.peak
             Path(f"seen-{distributed.rank()}.json").write_text(json.dumps(seen))
             distributed.wait_for_all()
             os._exit(0)
+        seen["tokens"] = seen["targets"] = live.peak = 0
 
-    finetune.make_model, data.make_batch, torch.optim.AdamW.step = making_model, making_batch, stepping
+    finetune.adamw = making_optimizer
+    finetune.linear_weighted_token_ce = noting_targets
+    torch.optim.AdamW.step = stepping
     sys.argv = ["finetune.py", *arguments]
     finetune.main()
 
 
 def measure(raw, rank, sharded, micro_tokens):
-    """Two ranks -> (bytes measured, bytes by the formulas), of the rank that took more"""
-    texts = [pair.complaint + pair.response for pair in tables.read_pairs(SAMPLE, needed=("complaint", "response"))]
+    """Two ranks -> (bytes measured, bytes by the formulas), of the one that took more"""
+    with redirect_stdout(sys.stderr):
+        pairs = tables.read_pairs(SAMPLE, needed=("complaint", "response"))
+    texts = [pair.complaint + pair.response for pair in pairs]
     with tempfile.TemporaryDirectory() as folder:
         _, tokenizer = tiny_gpt2(texts, vocab_size=min(2000, raw["vocab_size"]))
         torch.manual_seed(0)
@@ -242,13 +280,14 @@ def measure(raw, rank, sharded, micro_tokens):
     most = max(seen, key=lambda one: one["peak"])
     predicted = memory(describe(raw, rank), ranks=2, sharded=sharded, bits=32, tokens=most["tokens"],
                        targets=most["targets"], device_type="cpu")
-    return most["peak"], predicted
+    return most["peak"], sum(predicted.values())
 
 
 def main():
     if sys.argv[1:2] == ["--rank"]:
         return rank_of_measurement(sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--width", type=int, default=512, help="of the models that are measured")
     parser.add_argument("--layers", type=int, default=8)
@@ -260,14 +299,13 @@ def main():
     shapes = {"GPT-2": gpt2(args.width, args.layers, args.vocabulary),
               "Llama": llama("llama", args.width, 11 * args.width // 4, args.layers, args.width // 64,
                              args.width // 64, args.vocabulary, tie_word_embeddings=False)}
-    print("| shape | | two ranks | measured, MiB | by the formulas, MiB | measured / formulas |\n|" + "---|" * 6)
+    print("| shape | | two ranks | measured, MiB | by the formulas, MiB | ratio |\n|" + "---|" * 6)
     for name, raw in shapes.items():
         for rank, sharded in ((None, False), (RANK, False), (None, True), (RANK, True)):
             peak, predicted = measure(raw, rank, sharded, args.micro_tokens)
-            total = sum(predicted.values())
-            print(f"| {name} | {f'LoRA {rank}' if rank else 'full'} | {'sharded' if sharded else 'data-parallel'} "
-                  f"| {peak / 2 ** 20:,.0f} | {total / 2 ** 20:,.0f} | {peak / total:.2f} |", flush=True)
-            print({k: v >> 20 for k, v in predicted.items()}, file=sys.stderr)
+            how = "sharded" if sharded else "data-parallel"
+            print(f"| {label(name, rank)} | {how} | {peak / 2 ** 20:,.0f} | {predicted / 2 ** 20:,.0f} "
+                  f"| {peak / predicted:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
