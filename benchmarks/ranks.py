@@ -124,7 +124,7 @@ def kills(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         arguments = ["--ckpt=tiny", f"--data={SAMPLE}", *EXACT, f"--max-steps={args.steps}", "--save-every=4",
-                     "--batch-size=8", "--micro-tokens=500", "--resume", "--out=run"]
+                     "--batch-size=4", "--micro-tokens=300", "--resume", "--out=run"]
         first = [*arguments, "--lr=1e-30"]  # the weights that it begins with
         first[first.index("--out=run")] = "--out=first"
         first[first.index(f"--max-steps={args.steps}")] = "--max-steps=1"
@@ -249,7 +249,7 @@ def watched(folder, arguments):
                 peak = max(peak, turns.memory(pid).get("RssAnon", 0))
         if first is None and lines_of(metrics):
             first = time.perf_counter() - began
-        time.sleep(0.02)
+        time.sleep(0.05)
     finish(launcher, folder)
     return first, peak
 
@@ -290,7 +290,7 @@ def main():
     part = parts.add_parser("kills")
     part.set_defaults(measure=kills)
     part.add_argument("--trials", type=int, default=10)
-    part.add_argument("--steps", type=int, default=24)
+    part.add_argument("--steps", type=int, default=16)
     part.add_argument("--seed", type=int, default=0)
     part = parts.add_parser("efficiency")
     part.set_defaults(measure=efficiency)

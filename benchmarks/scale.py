@@ -174,13 +174,16 @@ def label(name, rank):
 def print_tables():
     print(f"Memory of a device, GiB: bf16, {MICRO_TOKENS:,} tokens in a micro-batch, half of them targets.\n")
     print("| checkpoint | | parameters | learn | weights | gradients | moments | 16-bit copies "
-          "| activations, loss | one device | data-parallel | sharded, 8 | sharded, 64 |\n|" + "---|" * 13)
+          "| activations, loss | one device; data-parallel on 8 or 64 | sharded, 8 | sharded, 64 "
+          "| the same, one micro-batch |\n|" + "---|" * 13)
     for name, raw in SHAPES.items():
         for rank in (None, RANK):
             shape = describe(raw, rank)
             alone = memory(shape)
-            totals = [sum(memory(shape, ranks=n, sharded=s).values())
-                      for n, s in ((1, False), (8, False), (8, True), (64, True))]
+            totals = [sum(alone.values())]
+            for ranks, micro_batches in ((8, MICRO_BATCHES), (64, MICRO_BATCHES), (64, 1)):
+                sharded = memory(shape, ranks=ranks, sharded=True, micro_batches=micro_batches)
+                totals.append(sum(sharded.values()))
             cells = [f"{value / GIB:.1f}" for value in (*alone.values(), *totals)]
             print(f"| {label(name, rank)} | {shape.everything / 1e6:,.0f} M | {shape.learning / 1e6:,.1f} M "
                   f"| {' | '.join(cells)} |")
@@ -289,10 +292,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--width", type=int, default=512, help="of the models that are measured")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--micro-tokens", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=256, help="of the models that are measured")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocabulary", type=int, default=4000)
+    parser.add_argument("--micro-tokens", type=int, default=256)
     args = parser.parse_args()
     if not args.measure:
         return print_tables()
