@@ -13,7 +13,7 @@ import torch
 
 from sevloss import data
 from sevloss.inputs import tables
-from sevloss.models import from_scratch, load_model
+from sevloss.models import from_scratch, load_model, lora
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIZE = "--layers 1 --width 64 --vocabulary 500"
@@ -75,6 +75,59 @@ def test_scaling(run):
     arguments = f"{SIZE} --rows 1 2 --lengths 16 20 --most-tokens 32 --repeat 1"
     lines = run("scaling.py", arguments).splitlines()
     assert [len(line.split()) for line in lines[-2:]] == [3, 2]
+
+
+@pytest.mark.parametrize("arguments, rows", [
+    ("kills --trials 1 --steps 6", 1),
+    ("efficiency --layers 1 --width 64 --vocabulary 300 --steps 2 --batch-size 4 --rounds 1", 2),
+    ("rows --smallest 200 --rows 300", 2),
+], ids=["kills", "efficiency", "rows"])
+def test_ranks(run, arguments, rows):
+    """Each part runs to its table."""
+    lines = run("ranks.py", arguments).splitlines()
+    header = lines[-rows - 2]
+    assert all(line.count("|") == header.count("|") > 5 for line in lines[-rows - 1:])
+    if arguments.startswith("kills"):
+        assert [cell.strip() for cell in lines[-1].split("|")][2:4] == ["1", "1"]
+
+
+def test_scale_tables(run):
+    """Two lines a checkpoint in each of two tables; a 7B model has as many parameters as its name says."""
+    printed = run("scale.py", "")
+    assert printed.count("| full |") == printed.count("| LoRA 16 |") == 18
+    assert "| Llama, 7B | full | 6,738 M |" in printed
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("name", ["GPT2-Small-Arabic", "Bloomz-560M", "Qwen2.5-0.5B, Al-Atlas-0.5B", "Qwen3-0.6B",
+                                  "LFM2-350M"])
+def test_scale_activations(load, name, rank):
+    """The formula of what the blocks keep for the backward pass is within a tenth of what autograd keeps."""
+    scale = load("scale")
+    sizes = {key: 256 for key in ("n_embd", "hidden_size") if key in scale.SHAPES[name]}
+    heads = {key: 4 for key in ("n_head", "num_attention_heads") if key in scale.SHAPES[name]}
+    kept = {}
+    for layers in (4, 8):
+        raw = {**scale.SHAPES[name], **sizes, **heads, "vocab_size": 50, "head_dim": 64}
+        raw |= {key: layers for key in ("n_layer", "num_hidden_layers") if key in raw}
+        raw |= {key: value for key, value in (("intermediate_size", 512), ("num_key_value_heads", 2),
+                                              ("layer_types", raw.get("layer_types", [])[:layers])) if raw.get(key)}
+        model = from_scratch(raw)
+        if rank:
+            lora.attach(model, rank, alpha=rank)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages = {}
+
+        def keep(tensor, own=own, storages=storages):
+            if tensor.untyped_storage().data_ptr() not in own:
+                storages[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.randint(0, 50, (200,)), [100, 100])
+        measured = sum(tensor.untyped_storage().nbytes() for tensor in storages.values()) / 200
+        kept[layers] = measured, scale.saved_bytes(scale.describe(raw, rank), bits=32, cpu=True)
+    measured, formula = (large - small for large, small in zip(kept[8], kept[4]))  # without what is not a block's
+    assert measured == pytest.approx(formula, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["model.safetensors", "three shards", "pytorch_model.bin"])
