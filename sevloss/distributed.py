@@ -32,7 +32,11 @@ def start(device):
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     # the others wait while rank 0 encodes a table; torchrun itself notices a rank that died
-    dist.init_process_group(backend, timeout=timedelta(hours=4))
+    timeout = timedelta(hours=4)
+    store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+    # after a restart torchrun's store still has the addresses of the ranks that were killed
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     if rank():
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
