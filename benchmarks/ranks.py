@@ -35,6 +35,7 @@ from sevloss.inputs import tables
 from sevloss.models import from_scratch, save_model
 from sevloss.models.tiny import tiny_gpt2
 
+MOST_SECONDS = 300  # for a run to end after a kill
 BOUND = 1e-4  # distance of the weights, as a share of how far they moved
 SAMPLE = str(Path(tables.SAMPLE).resolve())
 EXACT = ["--device=cpu", "--dtype=fp32", "--preprocess=none"]
@@ -115,7 +116,12 @@ def kill_one(folder, arguments, steps, chance, restarts):
             valid = False
     if not restarts:
         launcher = start(folder, turns.ROOT / "finetune.py", arguments)
-    finish(launcher, folder)
+    try:
+        launcher.wait(timeout=MOST_SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"it did not go on in {MOST_SECONDS} s")
+        launcher.terminate()
+        launcher.wait()
     return seconds, valid, at
 
 
@@ -251,7 +257,7 @@ def watched(folder, arguments):
             first = time.perf_counter() - began
         time.sleep(0.05)
     finish(launcher, folder)
-    return first, peak
+    return first or time.perf_counter() - began, peak
 
 
 def rows(args):
@@ -303,7 +309,7 @@ def main():
     part = parts.add_parser("rows")
     part.set_defaults(measure=rows)
     part.add_argument("--rows", type=int, nargs="+", default=[250_000, 500_000, 1_000_000])
-    part.add_argument("--smallest", type=int, default=10_000)
+    part.add_argument("--smallest", type=int, default=20_000)
     args = parser.parse_args()
     args.measure(args)
 
