@@ -423,7 +423,7 @@ class Batch:
 def make_batch(examples, indices, device="cpu", token_weights=None):
     """The examples `indices`, packed; without any, a token that predicts nothing. token_weights (n,): what
     each target of each of all n weighs."""
-    if not indices:
+    if len(indices) == 0:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         return Batch(nothing.new_zeros(1), [1], nothing, nothing, nothing, nothing.float())
     rows = [examples[i] for i in indices]
