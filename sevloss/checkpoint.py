@@ -192,12 +192,13 @@ def save_state(run, model, optimizer, scaler, progress):
     entry: they follow from seed and step."""
     tensors = model.state_dict()  # it also gives back what a sharded model has gathered
     learnt = [name for name, p in model.named_parameters() if p.requires_grad]
-    weights = {name: distributed.whole(tensors[name]).cpu() for name in learnt}
-    if not all(weight.isfinite().all() for weight in weights.values()):
+    weights = distributed.to_write({name: tensors[name] for name in learnt})
+    finite = all(weight.isfinite().all() for weight in weights.values())
+    if distributed.largest(int(not finite)):  # rank 0 has seen it, all stop
         raise not_finite(run, f"the weights are not finite after step {progress['step']}")
     moments = optimizer.state_dict()
     for i, tensors in moments["state"].items():
-        moments["state"][i] = {name: distributed.whole(tensor).cpu() for name, tensor in tensors.items()}
+        moments["state"][i] = distributed.to_write(tensors)
     state = {
         "run": hub.read_json(run / "run.json")["id"],
         "progress": progress,

@@ -176,6 +176,16 @@ def whole(tensor):
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def to_write(tensors):
+    """{name: tensor} as rank 0 writes it: whole, on the CPU; {} on the other ranks, which hold none of it."""
+    on_cpu = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())
+        if rank() == 0:
+            on_cpu[name] = tensor.cpu().contiguous()
+    return on_cpu
+
+
 def part_like(parameter, tensor):
     """The other way round: of a whole tensor what this rank keeps, where `parameter` is sharded."""
     if not is_sharded(parameter) or tensor.shape != parameter.shape:  # AdamW's count of steps has no shape

@@ -258,9 +258,7 @@ def save_model(model, tokenizer, folder):
     if lora.layers(model):
         lora.save(model, folder)
     else:
-        state = {}
-        for name, tensor in model.state_dict().items():
-            state[name] = distributed.whole(tensor.detach()).cpu().contiguous()
+        state = distributed.to_write(model.state_dict())
         write_atomically(folder / "model.safetensors",
                          lambda path: save_file(state, path, metadata={"format": "pt"}),
                          sum(tensor.nbytes for tensor in state.values()))

@@ -113,8 +113,7 @@ def merge(model):
 def save(model, folder):
     """adapter_config.json and adapter_model.safetensors, as `peft` writes them."""
     folder = Path(folder)
-    tensors = {name: distributed.whole(weight.detach()).cpu().contiguous()
-               for name, weight in weights(model).items()}
+    tensors = distributed.to_write(weights(model))
     write_atomically(folder / "adapter_model.safetensors",
                      lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     transposed = any(layer.transposed for layer in layers(model).values())
