@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 import shutil
@@ -85,6 +86,14 @@ def write_atomically(path, write, size=0):
             temporary.unlink(missing_ok=True)
             raise
         flush_to_disk(path.parent)
+
+
+def write_text(path, text):
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1))
 
 
 @contextlib.contextmanager

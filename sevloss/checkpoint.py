@@ -7,7 +7,6 @@ what was asked, metrics.jsonl and validation.json what came out.
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import secrets
@@ -25,6 +24,8 @@ from sevloss import (
     is_rank_0,
     lock,
     write_atomically,
+    write_json,
+    write_text,
     writing,
 )
 from sevloss.data import SPLIT_RULE, check_split_rule, digest
@@ -104,14 +105,8 @@ def check_layout(run):
 
 # --- its files ----------------------------------------------------------------------------------------------
 
-def write_json(path, value):
-    text = json.dumps(value, ensure_ascii=False, indent=1)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def write_lines(path, lines):
-    text = "".join(line + "\n" for line in lines)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def append(path, text, to_disk=False):

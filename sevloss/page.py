@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jinja2
 import matplotlib
 
-from sevloss import write_atomically
+from sevloss import write_atomically, write_text
 
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a run's name is no formula
 # With autoescape, a text from a table or a model is never markup.
@@ -40,4 +40,4 @@ def picture(figure, title, path):
 def write_page(path, template, **content):
     """template: its path from this folder; content: its variables."""
     text = _templates.get_template(template).render(content).strip() + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)

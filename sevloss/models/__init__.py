@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 
-from sevloss import InputError, distributed, interpreting, write_atomically
+from sevloss import InputError, distributed, interpreting, write_atomically, write_json
 from sevloss.inputs import hub, tables
 from sevloss.inputs.tokenizer_files import check_growth, from_vocabulary, keep_whole
 from sevloss.models import lora
@@ -252,7 +252,7 @@ def save_model(model, tokenizer, folder):
     if num_labels and len(raw.get("id2label", {})) != num_labels:
         raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_labels)}
         raw["label2id"] = {name: int(i) for i, name in raw["id2label"].items()}
-    _write_json(folder / "config.json", raw)
+    write_json(folder / "config.json", raw)
 
     # ---- weights
     if lora.layers(model):
@@ -278,13 +278,8 @@ def save_model(model, tokenizer, folder):
             if tokenizer.token_to_id(f"[{name.upper()}]") is not None:
                 special[f"{name}_token"] = f"[{name.upper()}]"
     special = {name: token for name, token in special.items() if token is not None}
-    _write_json(folder / "tokenizer_config.json", {
+    write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context, **special})
-
-
-def _write_json(path, value):
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def check_causal(model, ckpt):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sevloss import InputError, distributed, interpreting, write_atomically
+from sevloss import InputError, distributed, interpreting, write_atomically, write_json
 from sevloss.inputs import hub
 from sevloss.models.gpt2 import Conv1D
 
@@ -119,8 +119,7 @@ def save(model, folder):
     transposed = any(layer.transposed for layer in layers(model).values())
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base,
               "bias": "none", "fan_in_fan_out": transposed, "inference_mode": True, **model.lora_config}
-    text = json.dumps(config, indent=1, ensure_ascii=False)
-    write_atomically(folder / "adapter_config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(folder / "adapter_config.json", config)
 
 
 def load(model, folder):
