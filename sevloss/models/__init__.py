@@ -1,6 +1,5 @@
 """Checkpoints in and out: load_model, load_tokenizer, save_model; and small models from scratch."""
 
-import json
 import re
 from dataclasses import MISSING, fields
 from functools import partial
