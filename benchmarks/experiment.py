@@ -176,16 +176,19 @@ def slope(results):
     labels; None of fewer than three seeds that have them all."""
     with_labels = [name for name in results if SETTINGS[name][1] == "labels"]
     by_k = {SETTINGS[name][0]: results[name] for name in with_labels}
-    seeds = sorted(set.intersection(*(set(seeds) for seeds in by_k.values())))
-    if len(seeds) < compare.FEWEST_SEEDS or len(by_k) < 3:
+    if len(by_k) < 3:
+        return None
+    seeds = sorted(set.intersection(*map(set, by_k.values())))
+    if len(seeds) < compare.FEWEST_SEEDS:
         return None
     return t_test([np.polyfit(list(by_k), [by_k[k][seed]["contrast"] for k in by_k], 1)[0] for seed in seeds])
 
 
 def sentence(name, test, p, alpha):
     found = "found" if p < 0.05 else "not found"
+    chance = "< 0.001" if p < 0.001 else f"{p:.3f}"
     detectable = compare.detectable_difference(test, alpha)
-    return (f"| {name} | {test.value:+.4f} [{test.low:+.4f}, {test.high:+.4f}] | {test.seeds} | {p:.3f} | "
+    return (f"| {name} | {test.value:+.4f} [{test.low:+.4f}, {test.high:+.4f}] | {test.seeds} | {chance} | "
             f"{found} | {detectable:.4f} |")
 
 
