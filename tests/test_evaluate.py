@@ -231,8 +231,8 @@ def test_two_models_and_their_report(run, start, tmp_path, monkeypatch, capsys, 
             row.row: pytest.approx(row.nll / row.tokens) for row in rows}
     assert means["run", "all", "NLL"] < means["other", "all", "NLL"]
     sentence = found["verdicts"][0]["sentence"]
-    assert sentence.startswith("other and run: these two runs differ by +")
-    assert "one seed says nothing about the settings" in sentence and "python finetune.py --seed 1 ..." in sentence
+    assert sentence.startswith("other and run differ by +")
+    assert "fewer than three seeds say nothing" in sentence and "python finetune.py --seed 1 ..." in sentence
     out, printed = tmp_path / "out", capsys.readouterr().out
     table, page = (out / "table.txt").read_text(), Page((out / "report.html").read_text())
     assert table in printed + "\n" and sentence in printed and sentence in page.texts
@@ -702,11 +702,11 @@ REFUSED = [
      "evaluated with different temperature: 0.0 and 0.5"),
     ("{here}/rows.jsonl", "is not finished"),
     ("{here}/empty.jsonl", "is not finished"),
-    ("{here}/headless.jsonl", "it has lost its first line: remove it and call again"),
+    ("{here}/headless.jsonl", "cannot be used"),
     ("{here}/half.jsonl", "cannot be used"),
     ("{here}/text.jsonl", "cannot be used"),
     ("{run}/model.safetensors", "cannot be used"),
-    ("{table}", "if evaluate.py wrote it, it has lost its first line"),
+    ("{table}", "if evaluate.py wrote it, remove it and call again"),
 ]
 
 
