@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -496,6 +497,20 @@ def test_stopped_by_hand(run, start, monkeypatch, asked, capsys):
     lengths = [len(prompt) for part in asked for prompt in part]
     assert lengths == sorted(lengths, reverse=True)
     assert len({tuple(prompt) for part in asked for prompt in part}) == 9
+
+
+def test_a_signal_after_the_last_look(run, start, monkeypatch, capsys):
+    """It ends the script as well, with its code: one that is kept would be looked at by no one."""
+    look = evaluate.stop.leave
+
+    def look_too_early(number, message):
+        look(number, message)
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(evaluate.stop, "leave", look_too_early)
+    with pytest.raises(SystemExit) as left:
+        start(run)
+    assert left.value.code == 143 and len(lines(answers_of(run))) == 1 + 9
+    assert "stopped; what was saved before stays" in capsys.readouterr().err
 
 
 def test_further_training_is_answered_anew(whole, table, tmp_path, start, asked):
