@@ -171,7 +171,7 @@ def test_numbers_are_those_of_the_json(written, evaluation):
             assert cell.endswith("]") and "\N{NO-BREAK SPACE}" in cell
     assert not shown
     assert differences[0] == ["score", "balanced"] and differences[1][0] == "NLL"
-    assert differences[1][1] == findings.signed(evaluation.verdicts[0].difference).replace(
+    assert differences[1][1] == findings.with_interval(evaluation.verdicts[0].difference).replace(
         ", ", ",\N{NO-BREAK SPACE}")
     assert any("The same in all rows: empty 0, repetitive 0, repeats complaint 0." in t for t in Page(written[1]).texts)
 

@@ -335,7 +335,7 @@ def judge(verdicts, differences, contrast):
             v.finding = FINDINGS[v.endpoint][v.difference.value > 0] if p < 0.05 else NO_DIFFERENCE
         v.sentence = sentence_of(v)
         if v.endpoint == "contrast":
-            changes = [f"{signed(differences[v.setting, 'NLL', name])} in {name} rows"
+            changes = [f"{with_interval(differences[v.setting, 'NLL', name])} in {name} rows"
                        for name in contrast.split(" minus ")]
             v.sentence += f" NLL changes by {' and '.join(changes)}."
             if contrast.startswith("predicted"):
@@ -353,13 +353,13 @@ def sentence_of(v):
                   "rest unchanged) and evaluate all runs in one call.")
     if not v.seeds:
         return f"{v.setting} and {v.control} have no seed in common and are not compared.{remedy}"
-    differ = f"{v.setting} and {v.control} differ by {signed(v.difference)} in {what}"
+    differ = f"{v.setting} and {v.control} differ by {with_interval(v.difference)} in {what}"
     if len(v.seeds) < compare.FEWEST_SEEDS:
         return f"{differ}; fewer than three seeds say nothing about the settings.{remedy}"
     if v.finding == "no verdict":
         return f"{differ}; {rows} are too few for a verdict."
     chance = "p < 0.001" if v.p_holm < 0.001 else f"p = {v.p_holm:.3f}"
-    return (f"{v.setting} {v.finding} {v.control} in {what}: {signed(v.difference)}, {chance}, over "
+    return (f"{v.setting} {v.finding} {v.control} in {what}: {with_interval(v.difference)}, {chance}, over "
             f"{len(v.seeds)} seeds and {rows}. A difference of {v.detectable:.2g} would be found in 80% of "
             "such cases.")
 
@@ -378,10 +378,10 @@ def summarise(verdicts, control):
     return sentences
 
 
-def signed(estimate):
-    """Value and 95% interval, in digits that mean something."""
-    places = decimals(estimate.high - estimate.value)
-    value, low, high = (f"{x:+z.{places}f}" for x in estimate[:3])
+def with_interval(estimate, places=None, sign="+"):
+    """Value and 95% interval, in as many digits as mean something, or `places` decimals."""
+    places = decimals(estimate.high - estimate.value) if places is None else places
+    value, low, high = (f"{x:{sign}z,.{places}f}" for x in estimate[:3])
     return value if math.isnan(estimate.low) else f"{value} [{low}, {high}]"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sevloss.checkpoint import write_lines
-from sevloss.evaluation.findings import decimals, without_nan
+from sevloss.evaluation.findings import decimals, with_interval, without_nan
 from sevloss.evaluation.scores import RATES
 from sevloss.page import Table, picture, write_page
 
@@ -82,17 +82,11 @@ def score_table(evaluation, estimates, lines):
         about = score if group == "all" else f"{score}: {group} ({evaluation.groups[group]:,})"
         margins = [e.high - e.value for e in of_line if e and e.high > e.value]
         places = decimals(min(margins, default=math.nan))
+        cells = ["–" if e is None or math.isnan(e.value) else with_interval(e, places, sign) for e in of_line]
         if any(of_line):
-            rows.append([about, *(cell(e, places, sign) for e in of_line)])
+            # a line may break before the bracket alone
+            rows.append([about, *(text.replace(", ", ",\N{NO-BREAK SPACE}") for text in cells)])
     return Table(["score", *settings], rows)
-
-
-def cell(estimate, places, sign):
-    """Value [95% interval]; a line may break before the bracket alone."""
-    if estimate is None or math.isnan(estimate.value):
-        return "–"
-    value, low, high = (f"{x:{sign}z,.{places}f}" for x in estimate[:3])
-    return value if math.isnan(estimate.low) else f"{value} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
 def draw_differences(evaluation, endpoint):
