@@ -266,6 +266,8 @@ def test_no_seed_in_common():
     verdict, = result["verdicts"]
     assert verdict["sentence"].startswith("mild and none have no seed in common and are not compared.")
     assert result["differences"] == []
+    result = found(*seeds_of("none", coefficients=CONTROL), *seeds_of("mild", (3, 4)), *seeds_of("hot", shift=2))
+    assert result["summary"][0].endswith("wrote: no verdict on mild; hot is worse than none.")
 
 
 def test_a_checkpoint_is_a_constant():

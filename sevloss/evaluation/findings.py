@@ -371,8 +371,12 @@ def summarise(verdicts, control):
     sentences = []
     for endpoint, lead in (("NLL", "How well the model foresees what doctors wrote"),
                            ("contrast", "Whether it shifts towards critical complaints")):
-        parts = [f"{v.setting} {v.finding} {v.control}" for v in verdicts
-                 if v.endpoint == endpoint and v.finding != "no verdict"]
+        parts = []
+        for v in verdicts:
+            if v.endpoint == endpoint and v.finding == "no verdict":
+                parts.append(f"no verdict on {v.setting}")
+            elif v.endpoint == endpoint:
+                parts.append(f"{v.setting} {v.finding} {control}")
         if parts:
             sentences.append(f"{lead}: {'; '.join(parts)}.")
     return sentences
