@@ -76,7 +76,9 @@ def read_answers(path):
             if not (all(isinstance(text, str) for text in texts) and row.severity in (None, 0, 1, 2)
                     and all(isinstance(number, (int, float)) for number in numbers) and len(numbers) == 5):
                 raise ValueError(f"row {row.row} has a value of another type")
-        if not (isinstance(answers.protocol, dict) and isinstance(answers.run.get("arguments", {}), dict)):
+        run = answers.run
+        if not (isinstance(answers.protocol, dict) and isinstance(run.get("arguments", {}), dict)
+                and isinstance(run.get("coefficients", []), list)):
             raise ValueError("its first line has a value of another type")
         return answers
 
@@ -113,10 +115,7 @@ def run_folder(name):
 def read_run_json(name):
     """run.json of the run that `name` is, or whose merged model it is; {} for a plain checkpoint."""
     folder = run_folder(name)
-    run = hub.read_json(folder / "run.json") if folder else {}
-    if not isinstance(run.get("arguments", {}), dict):
-        raise InputError(f"{folder}/run.json is no run's: its arguments are of another type")
-    return run
+    return hub.read_json(folder / "run.json") if folder else {}
 
 
 # --- settings -----------------------------------------------------------------------------------------------
