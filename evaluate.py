@@ -14,6 +14,7 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from sevloss import (
@@ -31,16 +32,16 @@ from sevloss import (
 from sevloss.data import Fingerprint, digest, file_fingerprint, sample_pairs, split_pairs
 from sevloss.evaluation import findings, scores
 from sevloss.evaluation.bertscore import Scorer
-from sevloss.evaluation.report import criticality, write_evaluation
+from sevloss.evaluation.report import write_evaluation
 from sevloss.generate import generate
 from sevloss.inputs import arabic, hub, tables
 from sevloss.models import check_causal, eos_ids, load_model, load_tokenizer
 
 ROWS_AT_ONCE = 64  # answered together; what a stop can lose
-# "paper": what the published notebooks do; their prompt ends where training's says "الاجابة:", and what comes
-# before that is cut off.
+# "paper": what the published notebooks do; their prompt ends before the HEADING that ends training's, and
+# what the model says up to it is cut off.
 RECIPES = {"default": {}, "paper": dict(temperature=0.7, max_new_tokens=50)}
-HEADING = "الاجابة:"
+HEADING = data.PROMPT.split()[-1]  # "الاجابة:"
 MBERT = "bert-base-multilingual-cased"
 
 
@@ -138,15 +139,6 @@ def test_rows(args, runs):
 
 # --- answers ------------------------------------------------------------------------------------------------
 
-def answers_path(name, run, weights, pairs, protocol, args, out):
-    """Where the model's answers are kept: in its run, or in `out`; by a name made of all they depend on."""
-    specialties = [(pair.row, pair.specialty) for pair in pairs]
-    made_of = digest(protocol, specialties, args.dtype, weights, "" if run else hub.full_name(name))
-    if run:
-        return Path(name) / "evaluation" / f"answers-{made_of}.jsonl"
-    return out / f"answers-{Path(name).name}-{made_of}.jsonl"
-
-
 def answer_rows(name, run, pairs, protocol, args, path):
     """Answers every complaint and scores every reference, into the answers file `path`. It is written as rows
     are done, the longest prompts first; the same call goes on where it was stopped."""
@@ -181,55 +173,52 @@ def answer_rows(name, run, pairs, protocol, args, path):
     prompts, cut = data.encode_prompts(tokenizer, complaints, most, prompt=prompt)
     if cut:
         print(f"  {cut:,} of {len(pairs):,} complaints were cut to leave room for the answer")
+    prompt_lengths = [len(ids) for ids in prompts]
+    left.sort(key=lambda i: -prompt_lengths[i])
 
-    # Answers
+    def text_of(ids):
+        text = tokenizer.decode(ids).rstrip("\ufffd").strip()  # half a character where it was cut off
+        if args.recipe == "paper":
+            text = text.rpartition(HEADING)[2].strip()
+        return arabic.unpreprocess(text) if preprocess == "arabert" else text
+
+    # Answers, ROWS_AT_ONCE at a time; autocast around all rows: a weight is cast to 16 bits once
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.keep_lines(path)  # without one that a stop cut in half
     if not stored:
         head = {"name": name, "run": run, "protocol": protocol}
         checkpoint.append(path, json.dumps(head, ensure_ascii=False) + "\n")
-    prompt_lengths = [len(prompt) for prompt in prompts]
-    left.sort(key=lambda i: -prompt_lengths[i])
     bar = tqdm(total=len(pairs), initial=len(done), unit="row", desc=name, mininterval=1)
-    stop.waits = True  # a signal is looked at between parts
-    # Autocast around all rows: a weight is cast to 16 bits once
     with bar, compute.autocast():
         for start in range(0, len(left), ROWS_AT_ONCE):
+            stop.waits = True  # a signal is looked at when the part is written
             part = left[start:start + ROWS_AT_ONCE]
             nll = scores.response_nll(model, examples, compute, indices=part)
-            generated = {i: [] for i in part}
-            if args.max_new_tokens:
-                own = distributed.share(prompt_lengths, part)[distributed.rank()]
-                new_ids = generate(model, [prompts[i] for i in own], max_new_tokens=args.max_new_tokens,
-                                   eos_ids=eos_ids(model), temperature=args.temperature, top_p=args.top_p,
-                                   seed=args.seed)
-                generated = distributed.gather(dict(zip(own, new_ids)))
+            own = distributed.share(prompt_lengths, part)[distributed.rank()]
+            new_ids = generate(model, [prompts[i] for i in own], max_new_tokens=args.max_new_tokens,
+                               eos_ids=eos_ids(model), temperature=args.temperature, top_p=args.top_p,
+                               seed=args.seed)
+            generated = distributed.gather(dict(zip(own, new_ids)))
             lines = ""
             for i in part:
-                ids = generated[i]
-                text = tokenizer.decode(ids).rstrip("\ufffd").strip()  # half a character where it was cut off
-                if args.recipe == "paper":
-                    text = text.rpartition(HEADING)[2].strip()
-                if preprocess == "arabert":
-                    text = arabic.unpreprocess(text)
-                pair = pairs[i]
+                pair, ids = pairs[i], generated[i]
                 answer = findings.Answer(
                     pair.row, pair.complaint, pair.response, pair.severity, pair.probabilities,
-                    pair.specialty, text, finished=len(ids) < args.max_new_tokens, nll=nll[i].item(),
-                    tokens=int(examples.target_counts[i]))
+                    pair.specialty, text_of(ids), finished=len(ids) < args.max_new_tokens,
+                    nll=nll[i].item(), tokens=int(examples.target_counts[i]))
                 lines += json.dumps(asdict(answer), ensure_ascii=False) + "\n"
             checkpoint.append(path, lines, to_disk=True)
             bar.update(len(part))
+            stop.waits = False  # before the look: one that comes later stops at once
             stop.leave(distributed.largest(stop.signal), "the answers so far are kept; the same command "
                                                          "goes on")
-    stop.waits = False
     distributed.wait_for_all()  # until rank 0 has written the last of them
 
 
 # --- BERTScore ----------------------------------------------------------------------------------------------
 
 def bert_scores(answers, args, notes):
-    """{name: [F1, ...]}, kept beside the answers; {} where there is no encoder, with a note that says how to
+    """{name: (n,) F1}, kept beside the answers; {} where there is no encoder, with a note that says how to
     get one."""
     if answers[0].protocol["max_new_tokens"] == 0:
         return {}
@@ -244,31 +233,27 @@ def bert_scores(answers, args, notes):
     for a in answers:
         texts = [row.answer for row in a.rows], [row.reference for row in a.rows]
         made_of = [hub.full_name(ckpt), digest(texts)]
-        kept = a.path.with_name(f"{a.path.stem}-{Path(ckpt).name}-{args.bertscore_layer}.json")
-        before = hub.read_json(kept) if kept.is_file() else {}
-        if before.get("made_of") == made_of:
-            with interpreting(kept, "remove it"):
-                f1[a.name] = [float(score) for score in before["f1"]]
-                if len(f1[a.name]) != len(a.rows):
-                    raise ValueError(f"{len(f1[a.name])} scores of {len(a.rows)} answers")
-                notes += before["notes"]
-            continue
-        try:
-            compute = device.choose(args.device, "fp32")
-            scorer = scorer or Scorer.load(ckpt, args.bertscore_layer, compute=compute)
-        except InputError as error:
-            how = ""
-            if isinstance(error, hub.Unreachable):
-                how = f"`hf download {hub.full_name(ckpt)}` gets it with a connection; "
-            notes.append(f"BERTScore was not computed: {error}. {how}--bertscore CKPT names another encoder")
-            return {}
-        with tqdm(total=2 * len(a.rows), unit="text", desc=f"BERTScore {a.name}", mininterval=1) as bar:
-            f1[a.name] = scorer.score(*texts, progress=bar)[2].tolist()
-        cut = []
-        if scorer.cut:
-            cut = [f"BERTScore of {a.name}: {scorer.cut:,} texts were cut to what the encoder reads"]
-        checkpoint.write_json(kept, {"made_of": made_of, "f1": f1[a.name], "notes": cut})
-        notes += cut
+        path = a.path.with_name(f"{a.path.stem}-{Path(ckpt).name}-{args.bertscore_layer}.json")
+        kept = hub.read_json(path) if path.is_file() else {}
+        if kept.get("made_of") != made_of:
+            try:
+                compute = device.choose(args.device, "fp32")
+                scorer = scorer or Scorer.load(ckpt, args.bertscore_layer, compute=compute)
+            except InputError as error:
+                how = ""
+                if isinstance(error, hub.Unreachable):
+                    how = f"`hf download {hub.full_name(ckpt)}` gets it with a connection; "
+                notes.append(f"BERTScore was not computed: {error}. {how}--bertscore CKPT names another "
+                             "encoder")
+                return {}
+            kept = {"made_of": made_of, "f1": scorer.score(*texts)[2].tolist(), "notes": []}
+            if scorer.cut:
+                kept["notes"] = [f"BERTScore of {a.name}: {scorer.cut:,} texts were cut to what the encoder "
+                                 "reads"]
+            checkpoint.write_json(path, kept)
+        with interpreting(path, "remove it"):
+            f1[a.name] = np.array(kept["f1"], dtype=float).reshape(len(a.rows))
+            notes += kept["notes"]
     return f1
 
 
@@ -278,7 +263,7 @@ def print_answers(evaluation, shown):
     """The rows that are most critical, with the answer of each setting's first run."""
     answers = {a.name: a.rows for a in evaluation.answers}
     rows = evaluation.answers[0].rows
-    for i in sorted(range(len(rows)), key=lambda i: criticality(rows[i]))[:shown]:
+    for i in evaluation.most_critical_first()[:shown]:
         print(f"\n[{rows[i].class_name}] {tables.clean(rows[i].complaint)}")
         print(f"  reference: {tables.clean(rows[i].reference)}")
         for setting in evaluation.settings:
@@ -331,13 +316,17 @@ def evaluate(args, names, out):
         protocols[next(iter(runs))] = protocol
     findings.check_same(protocols)  # before hours of answering
 
-    # Answers
-    for name in runs:
-        path = answers_path(name, runs[name], weights[name], pairs, protocol, args, out)
-        answer_rows(name, runs[name], pairs, protocol, args, path)
+    # Answers, kept in a model's run, or in `out`, by a name made of all they depend on
+    for name, run in runs.items():
+        specialties = [(pair.row, pair.specialty) for pair in pairs]
+        made_of = digest(protocol, specialties, args.dtype, weights[name], "" if run else hub.full_name(name))
+        path = out / f"answers-{Path(name).name}-{made_of}.jsonl"
+        if run:
+            path = Path(name) / "evaluation" / f"answers-{made_of}.jsonl"
+        answer_rows(name, run, pairs, protocol, args, path)
         answers[name] = findings.load_answers(path)
         answers[name].name = name  # not as it was typed then
-        answers[name].run = runs[name]
+        answers[name].run = run
     answers = [answers[name] for name in names]
     known = [a.name for a in answers]
     for a in answers:

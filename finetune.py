@@ -208,7 +208,7 @@ def validate_and_save(run, model, tokenizer, optimizer, scaler, validation, comp
 
     The state is saved first, then the model if it is the best so far: resuming mends a stop in between.
     """
-    nll = scores.per_token(scores.response_nll(model, validation, compute), validation.target_counts)["nll"]
+    nll = float(scores.response_nll(model, validation, compute).sum() / validation.target_counts.sum())
     if not math.isfinite(nll):
         raise checkpoint.not_finite(run, f"the validation NLL is {nll} after step {progress['step']}")
     if nll < progress["best"]:

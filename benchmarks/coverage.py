@@ -62,7 +62,7 @@ def measure(score, rows, seeds, correlation, repetitions):
     for _ in range(repetitions):
         a, b, tokens = simulate(random, critical, seeds, correlation)
         if score == "ratio":
-            a, b, groups = a * tokens, b * tokens, {"counts": tokens}
+            groups = {"weights": tokens}
         setting = compare.estimate(a, **groups)
         if setting.rows < compare.FEWEST_ROWS:
             continue  # tokens so unequal that the ratio has no interval

@@ -1,11 +1,12 @@
 """linear_weighted_token_ce against what people would otherwise write: time and added memory.
 
-    python benchmarks/loss.py [--rows 2048] [--width 768] [--vocabulary 64000] [--dtype bf16|fp32]
-                              [--repeat 5] [--without-torch]
+    python benchmarks/loss.py [--rows 2048] [--width 768] [--vocabulary 64000] [--device cpu|cuda]
+                              [--dtype bf16|fp32] [--repeat 5] [--without-torch]
 
 All of them run forward and backward in turn, on the same tensors, in one process with the same threads and
-allocator; their gradients must agree to 1% (fp32: 1e-5). Ratios are of our time to that of each other one,
-round by round. Memory is the peak of the resident size above its level before the call (Linux).
+allocator; their gradients must agree to 1% (fp32 on a CPU: 1e-5). Ratios are of our time to that of each
+other one, round by round. Memory is the peak above its level before the call: of the resident size (Linux),
+or of what PyTorch allocates on the GPU.
 """
 
 import argparse
@@ -17,8 +18,9 @@ import time
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from turns import DTYPE, machine, memory, print_row, ratio, reset_peak
+from turns import add_device_arguments, machine, parse, peak_memory, print_row, ratio, reset_peak, synchronize
 
+from sevloss import report_errors
 from sevloss.device import DTYPES
 from sevloss.loss import linear_weighted_token_ce
 
@@ -49,12 +51,13 @@ def measure(function, hidden, head, *rest):
     """One forward and backward pass -> seconds, bytes added."""
     hidden.grad = head.grad = None
     gc.collect()
-    reset_peak()
-    before = memory()["VmRSS"]
+    before = reset_peak(hidden.device)
+    synchronize(hidden.device)
     began = time.perf_counter()
     function(hidden, head, *rest).backward()
+    synchronize(hidden.device)
     seconds = time.perf_counter() - began
-    return seconds, memory()["VmHWM"] - before
+    return seconds, peak_memory(hidden.device) - before
 
 
 def check_gradients(name, gradients, reference, tolerance):
@@ -64,18 +67,19 @@ def check_gradients(name, gradients, reference, tolerance):
             sys.exit(f"{name}: gradient differs by {difference:.1e}")
 
 
+@report_errors
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=64_000)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=DTYPE)
+    add_device_arguments(parser)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--without-torch", action="store_true",
                         help="leave F.linear_cross_entropy out: it takes ten times as long")
-    args = parser.parse_args()
-    tolerance = {"bf16": 0.01, "fp32": 1e-5}[args.dtype]
+    args = parse(parser)
+    tolerance = 1e-5 if args.dtype == "fp32" and args.device.type == "cpu" else 0.01
     functions = {"naive": naive, "checkpointed chunks": checkpointed, "F.linear_cross_entropy": torch_chunked,
                  "linear_weighted_token_ce": ours}
     if args.without_torch:
@@ -83,10 +87,10 @@ def main():
 
     torch.manual_seed(0)
     dtype = DTYPES[args.dtype]
-    hidden = torch.randn(args.rows, args.width).to(dtype).requires_grad_()
-    head = (torch.randn(args.vocabulary, args.width) * 0.05).to(dtype).requires_grad_()
-    targets = torch.randint(args.vocabulary, (args.rows,))
-    weights = torch.rand(args.rows) + 0.5
+    hidden = torch.randn(args.rows, args.width).to(args.device, dtype).requires_grad_()
+    head = (torch.randn(args.vocabulary, args.width) * 0.05).to(args.device, dtype).requires_grad_()
+    targets = torch.randint(args.vocabulary, (args.rows,)).to(args.device)
+    weights = (torch.rand(args.rows) + 0.5).to(args.device)
     seconds = {name: [] for name in functions}
     added = {name: [] for name in functions}
     for turn in range(args.repeat + 1):
@@ -101,10 +105,10 @@ def main():
                 check_gradients(name, (hidden.grad, head.grad), reference, tolerance)
 
     shape = f"{args.rows:,} × {args.width} × {args.vocabulary:,}, {args.dtype}"
-    print(f"{shape}, {machine()}; all gradients agree")
+    print(f"{shape}, {machine(args.device)}; all gradients agree")
     added = {name: statistics.median(values) for name, values in added.items()}
     for name in functions:
-        print(f"{name:26} {statistics.median(seconds[name]):6.2f} s, {added[name] / 2 ** 20:5,.0f} MiB added")
+        print(f"{name:26} {statistics.median(seconds[name]):8.4f} s, {added[name] / 2 ** 20:5,.0f} MiB added")
     our_seconds, our_memory = seconds.pop("linear_weighted_token_ce"), added.pop("linear_weighted_token_ce")
     for name in seconds:
         print_row(f"loss, {shape}", name, f"{ratio(our_seconds, seconds[name])} of the time, "

@@ -16,7 +16,7 @@ import tempfile
 
 import numpy as np
 import step
-from turns import DTYPE, add_size_arguments, machine, size_of
+from turns import CPU, DTYPE, add_size_arguments, machine, size_of
 
 from sevloss.data import Examples
 from sevloss.inputs import tables
@@ -52,7 +52,7 @@ def main():
     parser.add_argument("--repeat", type=int, default=3)
     add_size_arguments(parser)
     args = parser.parse_args()
-    args.dtype, args.data = DTYPE, tables.SAMPLE  # what step.py takes besides
+    args.device, args.dtype, args.compile, args.data = CPU, DTYPE, False, tables.SAMPLE  # of step.py
     vocabulary = step.CONFIGS[args.model](**size_of(args))["vocab_size"]
     with tempfile.TemporaryDirectory() as folder:
         step.make_checkpoint(args, folder)

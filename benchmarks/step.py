@@ -1,15 +1,18 @@
 """A fine-tuning step against a plain loop around the model of `transformers`: examples/s and peak memory.
 
-    python benchmarks/step.py [--model gpt2|qwen-lora] [--data TABLE] [--examples 16] [--steps 6]
-                              [--pad-to 512] [--dtype bf16|fp32] [--allocator default|tuned]
+    python benchmarks/step.py [--model gpt2|qwen|qwen-lora] [--data TABLE] [--examples 16] [--steps 6]
+                              [--pad-to 512] [--device cpu|cuda] [--dtype bf16|fp16|fp32] [--compile]
+                              [--allocator default|tuned]
 
-gpt2: GPT-2's base shape with 64,000 words, all of it trained; qwen-lora: the shape of Qwen2.5-0.5B, LoRA of
-rank 16 on q_proj and v_proj (`peft` on the peer's side), the base in bf16. Weights are random, dropout is 0,
-pairs are real, matrix products run in bf16 where the processor has it, else all is fp32. AdamW is fused on
-both sides. The peer pads each batch to its longest row, or to --pad-to tokens as the published notebooks do.
-Each side is a process of its own, and they take turns step by step; the losses of the first step must agree
-to 0.5% (fp32: 1e-5). sevloss tells glibc by itself to keep freed memory (device.keep_freed_memory);
---allocator tuned tells both processes, by environment variables, so that the peer gains as much.
+gpt2: GPT-2's base shape with 64,000 words; qwen: the shape of Qwen2.5-0.5B; all of it trained. qwen-lora: the
+same with LoRA of rank 16 on q_proj and v_proj (`peft` on the peer's side), the base in bf16. Weights are
+random, dropout is 0, pairs are real, matrix products run in --dtype. AdamW is fused on both sides. The peer
+pads each batch to its longest row, or to --pad-to tokens as the published notebooks do. Each side is a
+process of its own, and they take turns step by step; the losses of the first step must agree to 0.5% (fp32:
+1e-5; on a GPU 1% and 1e-3). Memory is the largest resident size (Linux), or what PyTorch allocates on the
+GPU. --compile is for a GPU, and for sevloss's side alone. sevloss tells glibc by itself to keep freed memory
+(device.keep_freed_memory); --allocator tuned tells both processes, by environment variables, so that the peer
+gains as much.
 """
 
 import argparse
@@ -28,17 +31,17 @@ import torch
 import torch.nn.functional as F
 import turns
 
-from sevloss import data, device
+from sevloss import data, device, report_errors
 from sevloss.inputs import tables
 from sevloss.loss import linear_weighted_token_ce, severity_weights
 from sevloss.models import from_scratch, load_model, load_tokenizer, lora, save_model
 from sevloss.models.tiny import tiny_gpt2
 
-CONFIGS = {"gpt2": turns.gpt2_config, "qwen-lora": turns.qwen2_config}
-SHAPES = {"gpt2": "GPT-2 base shape", "qwen-lora": "Qwen2.5-0.5B shape, LoRA 16"}
-PEERS = {"gpt2": ("transformers",), "qwen-lora": ("transformers", "peft")}
+CONFIGS = {**turns.CONFIGS, "qwen-lora": turns.qwen2_config}
+SHAPES = {**turns.SHAPES, "qwen-lora": "Qwen2.5-0.5B shape, LoRA 16"}
+PEERS = {"gpt2": ("transformers",), "qwen": ("transformers",), "qwen-lora": ("transformers", "peft")}
 RANK, ALPHA, TARGETS = 16, 32.0, ["q_proj", "v_proj"]
-WARM_UP = 2  # steps that are not timed
+WARM_UP = {"cpu": 2, "cuda": 4}  # steps that are not timed
 MICRO_TOKENS = 4096  # finetune.py's default
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_TOP_PAD_": "268435456"}
 
@@ -90,9 +93,14 @@ class Ours:
         if args.model == "qwen-lora":
             torch.manual_seed(1)
             lora.attach(self.model, RANK, alpha=ALPHA, targets=TARGETS)
+        self.model.to(args.device)
+        if args.compile:
+            for block in self.model.blocks:
+                block.compile(dynamic=True)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
-        self.compute = device.choose("cpu", args.dtype)
+        self.compute = device.choose(args.device, args.dtype)
+        self.scaler = self.compute.grad_scaler()
 
     def step(self, examples, weights, indices):
         """-> (loss, {part: seconds})"""
@@ -100,7 +108,7 @@ class Ours:
         loss_of_step = 0.0
         token_weights = weights / examples.target_counts
         for part in data.micro_batches(examples.input_lengths, indices, MICRO_TOKENS):
-            batch = data.make_batch(examples, part, token_weights=token_weights)
+            batch = data.make_batch(examples, part, self.compute.device, token_weights)
             watch.lap("data")
             with self.compute.autocast():
                 hidden = self.model(batch.tokens, batch.lengths)  # (N, D)
@@ -109,14 +117,12 @@ class Ours:
                 loss = linear_weighted_token_ce(hidden, self.model.head_weight, batch.targets, batch.weights,
                                                 denominator=len(indices), ignore_index=None)
                 watch.lap("head and loss")
-            loss.backward()
-            loss_of_step += loss.item()
+            self.scaler.scale(loss).backward()
+            loss_of_step += loss.detach()
             watch.lap("backward")
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self)
         watch.lap("optimizer")
-        return loss_of_step, watch.parts
+        return loss_of_step.item(), watch.parts
 
 
 class Peer:
@@ -129,30 +135,40 @@ class Peer:
             from peft import LoraConfig, get_peft_model
             model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS,
                                                      task_type="CAUSAL_LM"))
-        self.model = model.train()
+        self.model = model.to(args.device).train()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
-        self.compute = device.choose("cpu", args.dtype)
+        self.compute = device.choose(args.device, args.dtype)
+        self.scaler = self.compute.grad_scaler()
         self.pad_to = args.pad_to
 
     def step(self, examples, weights, indices):
         rows = [examples[i].astype(np.int64) for i in indices]
         longest = max(self.pad_to, *map(len, rows))
+        to = self.compute.device
         ids = torch.stack([F.pad(torch.from_numpy(row), (0, longest - len(row))) for row in rows])  # (B, T)
-        positions = torch.arange(longest)
-        mask = positions < torch.tensor([len(row) for row in rows])[:, None]
-        prompt = positions < torch.from_numpy(examples.first_target[indices])[:, None]
+        ids = ids.to(to)
+        positions = torch.arange(longest, device=to)
+        mask = positions < torch.tensor([len(row) for row in rows], device=to)[:, None]
+        prompt = positions < torch.from_numpy(examples.first_target[indices]).to(to)[:, None]
         labels = ids.masked_fill(prompt | ~mask, -100)
+        token_weights = torch.from_numpy(weights[indices] / examples.target_counts[indices]).float().to(to)
         with self.compute.autocast():
             logits = self.model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
             nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
-        token_weights = weights[indices] / examples.target_counts[indices]
-        loss = (nll.sum(1) * torch.from_numpy(token_weights).float()).mean()  # nll is (B, T - 1)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = (nll.sum(1) * token_weights).mean()  # nll is (B, T - 1)
+        self.scaler.scale(loss).backward()
+        update(self)
         return loss.item(), {}
+
+
+def update(side):
+    """Clips and steps, the same for both."""
+    side.scaler.unscale_(side.optimizer)
+    torch.nn.utils.clip_grad_norm_(side.parameters, 1.0)
+    side.scaler.step(side.optimizer)
+    side.scaler.update()
+    side.optimizer.zero_grad(set_to_none=True)
 
 
 def work(args):
@@ -165,8 +181,9 @@ def work(args):
         indices = steps[int(line) % len(steps)]
         began = time.perf_counter()
         loss, parts = side.step(examples, weights, indices)
+        turns.synchronize(args.device)
         seconds = time.perf_counter() - began
-        result = {"seconds": seconds, "loss": loss, "parts": parts, "peak": turns.memory()["VmHWM"],
+        result = {"seconds": seconds, "loss": loss, "parts": parts, "peak": turns.peak_memory(args.device),
                   "tokens": int(examples.input_lengths[indices].sum())}
         print(json.dumps(result), file=sys.__stdout__, flush=True)
 
@@ -197,6 +214,7 @@ def measure(folder, steps):
     return results
 
 
+@report_errors
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,12 +223,13 @@ def main():
     parser.add_argument("--examples", type=int, default=16, help="per step")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--pad-to", type=int, default=0, help="tokens; 0: to the longest row of the batch")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=turns.DTYPE)
+    turns.add_device_arguments(parser, device.DTYPES)
+    parser.add_argument("--compile", action="store_true", help="the blocks of sevloss's model")
     parser.add_argument("--allocator", choices=("default", "tuned"), default="default")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     turns.add_size_arguments(parser)
-    args = parser.parse_args()
+    args = turns.parse(parser)
     if args.side:
         with redirect_stdout(sys.stderr):  # what is printed about the table is not for the parent
             return work(args)
@@ -219,23 +238,29 @@ def main():
         os.environ.update(TUNED)
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(args, folder)
-        results = measure(folder, WARM_UP + args.steps)
+        warm_up = WARM_UP[args.device.type]
+        results = measure(folder, warm_up + args.steps)
 
     ours, theirs = results["sevloss"], results["transformers"]
     first, other = ours[0]["loss"], theirs[0]["loss"]
-    if abs(first - other) / other > (0.005 if args.dtype == "bf16" else 1e-5):
+    if args.device.type == "cpu":
+        tolerance = 1e-5 if args.dtype == "fp32" else 0.005
+    else:
+        tolerance = 1e-3 if args.dtype == "fp32" else 0.01
+    if abs(first - other) / other > tolerance:
         sys.exit(f"the losses of the first step differ: {first:.5f} and {other:.5f}")
     tokens = statistics.mean(result["tokens"] for result in ours)
     print(f"{args.model}, {args.examples} examples a step of {tokens:,.0f} tokens, {args.dtype}, "
-          f"{turns.machine()}; losses of the first step {first:.5f} and {other:.5f}")
-    seconds = {side: [r["seconds"] for r in steps[WARM_UP:]] for side, steps in results.items()}
+          f"{turns.machine(args.device)}; losses of the first step {first:.5f} and {other:.5f}")
+    seconds = {side: [r["seconds"] for r in steps[warm_up:]] for side, steps in results.items()}
     peaks = {side: steps[-1]["peak"] for side, steps in results.items()}
     for side in results:
         speed = args.examples * args.steps / sum(seconds[side])
         print(f"{side:13} {speed:6.2f} examples/s, peak {peaks[side] / 2 ** 30:5.2f} GiB")
-    parts = sum((Counter(r["parts"]) for r in ours[WARM_UP:]), Counter())
-    shares = [f"{part} {spent / parts.total():.0%}" for part, spent in parts.items()]
-    print("a step of sevloss: " + ", ".join(shares))
+    if args.device.type == "cpu":  # a GPU is still at work when Python goes on to the next part
+        parts = sum((Counter(r["parts"]) for r in ours[warm_up:]), Counter())
+        shares = [f"{part} {spent / parts.total():.0%}" for part, spent in parts.items()]
+        print("a step of sevloss: " + ", ".join(shares))
     ratios = [b / a for a, b in zip(seconds["sevloss"], seconds["transformers"])]
     speed = sum(seconds["transformers"]) / sum(seconds["sevloss"])
     turns.print_row(

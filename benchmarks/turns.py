@@ -1,4 +1,7 @@
-"""What the benchmarks share: sides that take turns, the ratio with its spread, a row for docs/speed.md."""
+"""What the benchmarks share: sides that take turns, the ratio with its spread, a row for docs/speed.md.
+
+A GPU works on while Python goes on: a clock is read after `synchronize`.
+"""
 
 import os
 import statistics
@@ -11,8 +14,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # every benchmark imports this file before it imports sevloss
-from sevloss.device import cpu_has_bf16  # noqa: E402
+from sevloss.device import choose, choose_device, cpu_has_bf16  # noqa: E402
 
+CPU = torch.device("cpu")
 DTYPE = "bf16" if cpu_has_bf16() else "fp32"  # what is measured unless --dtype says otherwise
 
 
@@ -21,6 +25,30 @@ def need(*packages):
     missing = [package for package in packages if not find_spec(package)]
     if missing:
         sys.exit(f"to compare with, install {', '.join(missing)}: pip install -r requirements-dev.txt")
+
+
+# ------------------------------------------------------------------ where it runs
+
+def add_device_arguments(parser, dtypes=("bf16", "fp32")):
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=dtypes, help="default: bf16 on a GPU or a CPU that has it")
+
+
+def parse(parser):
+    """The arguments, --device a torch.device and --dtype a name."""
+    args = parser.parse_args()
+    args.device = choose_device(args.device)
+    on_cuda = args.device.type == "cuda"
+    if on_cuda:
+        choose(args.device)  # as in the scripts, products that stay fp32 run in TF32 from here on
+    args.dtype = args.dtype or ("bf16" if on_cuda else DTYPE)
+    return args
+
+
+def synchronize(device):
+    """Waits until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # ------------------------------------------------------------------ models with random weights
@@ -57,9 +85,13 @@ def qwen2_config(layers=24, width=896, vocabulary=151_936):
                 tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
 
 
+CONFIGS = {"gpt2": gpt2_config, "qwen": qwen2_config}
+SHAPES = {"gpt2": "GPT-2 base shape", "qwen": "Qwen2.5-0.5B shape"}
+
+
 # ------------------------------------------------------------------ time and memory
 
-def take_turns(sides, repeat):
+def take_turns(sides, repeat, device=CPU):
     """Calls each side once untimed, then all of them in turn, `repeat` times.
 
     sides: {name: function} -> ({name: seconds of each round}, {name: result})
@@ -68,8 +100,10 @@ def take_turns(sides, repeat):
     results = {}
     for turn in range(repeat + 1):
         for name, function in sides.items():
+            synchronize(device)
             began = time.perf_counter()
             results[name] = function()
+            synchronize(device)
             if turn > 0:
                 seconds[name].append(time.perf_counter() - began)
     return seconds, results
@@ -91,14 +125,26 @@ def memory(process="self"):
     return found
 
 
-def reset_peak():
+def reset_peak(device=CPU):
+    """-> bytes in use now, of which peak_memory counts from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     Path("/proc/self/clear_refs").write_text("5")
+    return memory()["VmRSS"]
+
+
+def peak_memory(device=CPU):
+    """Bytes since reset_peak: of a GPU those that PyTorch has allocated, else the process's resident size."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory()["VmHWM"]
 
 
 # ------------------------------------------------------------------ what is printed
 
-def machine():
-    """Threads, processor, allocator and version, which are the same for both sides."""
+def machine(device=CPU):
+    """The GPU, or threads, processor and allocator; and the version. They are the same for both sides."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     tuned = [f"{name}={value}" for name, value in os.environ.items()
              if name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))]
     return (f"{torch.get_num_threads()} threads, bf16 {'in hardware' if cpu_has_bf16() else 'emulated'}, "

@@ -58,8 +58,6 @@ def check_row(printed, work):
                  marks=pytest.mark.peers("transformers", "bert_score")),
     pytest.param("generate.py", f"{SIZE} --rows 4 --new-tokens 4 --repeat 1", "decoding",
                  marks=pytest.mark.peers("transformers")),
-    pytest.param("gpu.py", f"{SIZE} --device cpu --dtype fp32 --steps 1 --examples 2 --rows 32 --prompts 2 --new-tokens 3",
-                 "loss", marks=pytest.mark.peers("transformers")),
     pytest.param("loading.py", f"{SIZE} --stored fp32 --kinds model.safetensors", "loading model.safetensors",
                  marks=pytest.mark.peers("transformers")),
     ("loss.py", "--rows 64 --width 32 --vocabulary 500 --repeat 1", "loss"),

@@ -118,13 +118,12 @@ def test_scores_do_not_depend_on_company_or_chunks(checkpoint, pairs, monkeypatc
 
 
 def test_memory_is_bounded(checkpoint, pairs, monkeypatch, fed):
-    """With few vectors held at a time there are more passes, each below the bound; the bar ends at 2n."""
-    scorer, steps = Scorer.load(checkpoint, 3), []
+    """With few vectors held at a time there are more passes, each below the bound."""
+    scorer = Scorer.load(checkpoint, 3)
     passes = fed(scorer)
     monkeypatch.setattr(bertscore, "MOST_HELD", 70)
-    scorer.score(*pairs, progress=type("Bar", (), {"update": lambda self, n: steps.append(n)})())
+    scorer.score(*pairs)
     assert len(passes) > 3 and max(sum(map(len, documents)) for documents in passes) <= 70
-    assert sum(steps) == 2 * len(pairs[0]) and len(steps) == len(passes)
 
 
 def test_bf16_multiplies_in_bf16_is_near_and_comes_back_as_fp32(checkpoint, pairs):
@@ -196,5 +195,5 @@ def test_causal_model(golden):
 
 
 def test_lists_of_different_length(checkpoint):
-    with pytest.raises(ValueError, match="2 candidates and 1 references"):
+    with pytest.raises(ValueError, match="shorter"):
         bert_score(["نعم", "لا"], ["نعم"], checkpoint, 2)

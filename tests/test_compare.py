@@ -80,7 +80,7 @@ def test_residual_counts_once(rng):
 def test_ratio_has_the_error_of_the_jackknife(rng):
     counts = rng.integers(20, 60, 80)
     values = 3.0 * counts + rng.normal(size=80) * 10
-    result = compare.estimate(values, counts)
+    result = compare.estimate(values / counts, counts)
     without_one = (values.sum() - values) / (counts.sum() - counts)
     jackknife = math.sqrt(79 / 80 * ((without_one - without_one.mean()) ** 2).sum())
     assert result.value == pytest.approx(values.sum() / counts.sum())
@@ -107,7 +107,7 @@ def test_what_seeds_move_in_common_cancels_in_the_contrast(rng):
 
 # --- invariances ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("groups", [{}, {"counts": np.arange(5, 65)}, {"weights": np.arange(60) < 30},
+@pytest.mark.parametrize("groups", [{}, {"weights": np.arange(5, 65)}, {"weights": np.arange(60) < 30},
                                     {"weights": np.arange(60) < 30, "minus": np.arange(60) >= 30}])
 def test_invariances(rng, groups):
     a, b = rng.normal(size=(2, 4, 60))
@@ -120,9 +120,8 @@ def test_invariances(rng, groups):
     rows, seeds = rng.permutation(60), rng.permutation(4)
     reordered = {key: value[rows] for key, value in groups.items()}
     assert compare.paired_t(a[seeds][:, rows], b[seeds][:, rows], **reordered) == pytest.approx(result)
-    scaled = {key: 7 * value for key, value in groups.items() if key != "counts"}
-    if scaled:
-        assert compare.paired_t(a, b, **scaled) == pytest.approx(result)
+    scaled = {key: 7 * value for key, value in groups.items()}
+    assert compare.paired_t(a, b, **scaled) == pytest.approx(result)
     tripled = compare.paired_t(3 * a, 3 * b, **groups)
     assert tripled[3:8] == pytest.approx((3 * result.error, *result[4:8]))
     assert tripled.sd_seeds == pytest.approx(3 * result.sd_seeds)
@@ -131,7 +130,7 @@ def test_invariances(rng, groups):
 def test_a_group_is_as_its_rows_alone(rng):
     values, counts = rng.normal(size=(3, 90)), rng.integers(1, 9, 90)
     alone = compare.estimate(values[:, :40], counts[:40])
-    assert compare.estimate(values, counts, np.arange(90) < 40) == pytest.approx(alone, nan_ok=True)
+    assert compare.estimate(values, counts * (np.arange(90) < 40)) == pytest.approx(alone, nan_ok=True)
 
 
 def test_seeds_are_paired(rng):
@@ -171,7 +170,6 @@ def test_few_effective_rows_have_no_interval(rng):
             assert result.rows == pytest.approx(rows, abs=0.01)
             assert math.isnan(result.value) == (rows == 0)
     assert compare.estimate(values, weights=np.arange(200) < 20).error > 0
-    assert math.isnan(compare.estimate(values, counts=[199] + [1] * 199).error)
 
 
 @pytest.mark.filterwarnings("error")

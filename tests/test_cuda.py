@@ -234,11 +234,9 @@ def test_evaluation_and_batches(compute):
 
     on_cpu, on_cuda = two_models(ENCODERS["bert"])
     texts = {"a": [1, 2, 3], "b": [4, 5, 6, 7]}
-    counts = dict.fromkeys(texts, 1)
+    on_the_cpu = device.Compute(torch.device("cpu"), torch.float32, "")
     with torch.no_grad():
-        expected = Scorer(on_cpu, None, 2, device.Compute(torch.device("cpu"), torch.float32,
-                                                          ""))._unit_vectors(
-            counts, texts, None)
-        found = Scorer(on_cuda, None, 2, compute)._unit_vectors(counts, texts, None)
+        expected = Scorer(on_cpu, None, 2, on_the_cpu)._unit_vectors(texts)
+        found = Scorer(on_cuda, None, 2, compute)._unit_vectors(texts)
     for text in texts:
         assert_near(found[text], expected[text], compute)

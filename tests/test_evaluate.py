@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -231,8 +232,8 @@ def test_two_models_and_their_report(run, start, tmp_path, monkeypatch, capsys, 
             row.row: pytest.approx(row.nll / row.tokens) for row in rows}
     assert means["run", "all", "NLL"] < means["other", "all", "NLL"]
     sentence = found["verdicts"][0]["sentence"]
-    assert sentence.startswith("other and run: these two runs differ by +")
-    assert "one seed says nothing about the settings" in sentence and "python finetune.py --seed 1 ..." in sentence
+    assert sentence.startswith("other and run differ by +")
+    assert "fewer than three seeds say nothing" in sentence and "python finetune.py --seed 1 ..." in sentence
     out, printed = tmp_path / "out", capsys.readouterr().out
     table, page = (out / "table.txt").read_text(), Page((out / "report.html").read_text())
     assert table in printed + "\n" and sentence in printed and sentence in page.texts
@@ -498,6 +499,20 @@ def test_stopped_by_hand(run, start, monkeypatch, asked, capsys):
     assert len({tuple(prompt) for part in asked for prompt in part}) == 9
 
 
+def test_a_signal_after_the_last_look(run, start, monkeypatch, capsys):
+    """It ends the script as well, with its code: one that is kept would be looked at by no one."""
+    look = evaluate.stop.leave
+
+    def look_too_early(number, message):
+        look(number, message)
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(evaluate.stop, "leave", look_too_early)
+    with pytest.raises(SystemExit) as left:
+        start(run)
+    assert left.value.code == 143 and len(lines(answers_of(run))) == 1 + 9
+    assert "stopped; what was saved before stays" in capsys.readouterr().err
+
+
 def test_further_training_is_answered_anew(whole, table, tmp_path, start, asked):
     """A run is stopped, evaluated, and goes on."""
     out, saves, save_state = tmp_path / "growing", [], checkpoint.save_state
@@ -702,11 +717,11 @@ REFUSED = [
      "evaluated with different temperature: 0.0 and 0.5"),
     ("{here}/rows.jsonl", "is not finished"),
     ("{here}/empty.jsonl", "is not finished"),
-    ("{here}/headless.jsonl", "it has lost its first line: remove it and call again"),
+    ("{here}/headless.jsonl", "cannot be used"),
     ("{here}/half.jsonl", "cannot be used"),
     ("{here}/text.jsonl", "cannot be used"),
     ("{run}/model.safetensors", "cannot be used"),
-    ("{table}", "if evaluate.py wrote it, it has lost its first line"),
+    ("{table}", "if evaluate.py wrote it, remove it and call again"),
 ]
 
 

@@ -132,7 +132,8 @@ def test_answers(sources, tmp_path):
     path = shutil.copytree(source, tmp_path / "copy") / "a.jsonl"
     head, *rows = map(json.loads, path.read_text().splitlines())
     wrong = [[], [5], [head], [head, *rows, 5], [{"name": 5}, *rows], [head | {"protocol": 5}, *rows],
-             [head | {"protocol": {}}, *rows], [head | {"run": [1]}, *rows], [head | {"new": 1}, *rows], rows]
+             [head | {"protocol": {}}, *rows], [head | {"run": [1]}, *rows],
+             [head | {"run": {"arguments": [1]}}, *rows], [head | {"run": {"coefficients": 5}}, *rows], [head | {"new": 1}, *rows], rows]
     for key, values in {"row": [None, "x", []], "complaint": [None, 5], "severity": [7, "critical"], "answer": [None],
                         "probabilities": [5, [1, 0], ["a", 0, 1]], "nll": [None, "x"], "tokens": [0, "x", None]}.items():
         wrong += [[head, rows[0], rows[1] | {key: value}] for value in values]

@@ -1,8 +1,6 @@
-"""Likelihood of responses against a loop over examples; scores of answers against plain versions and by hand;
-means of scores."""
+"""Likelihood of responses against a loop over examples; scores of answers against plain versions and by hand."""
 
 import json
-import math
 from pathlib import Path
 from random import Random
 
@@ -73,15 +71,6 @@ def test_response_nll_switches_dropout_off(examples, tiny):
     assert not model.training
 
 
-def test_perplexity_is_of_all_tokens_together():
-    """A short response counts less than a long one: sums over sums."""
-    score = scores.per_token(torch.tensor([2.0, 30.0]), np.array([1, 9]))
-    assert score["nll"] == pytest.approx(3.2)
-    assert score["perplexity"] == pytest.approx(math.exp(3.2))
-    assert scores.per_token(torch.tensor([1e6]), np.array([1]))["perplexity"] < math.inf
-    assert math.isnan(scores.per_token(torch.tensor([]), np.array([]))["nll"])
-
-
 # --- groups of rows -----------------------------------------------------------------------------------------
 
 def groups_of(*rows):
@@ -107,49 +96,48 @@ def test_groups_of_rows():
 
 # --- answers ------------------------------------------------------------------------------------------------
 
-def test_answer_scores_are_one_value_per_row():
-    answers = ["اذهب إلى الطوارئ", " …", "عندي صداع شديد منذ أسبوع كامل"]
-    complaints = ["ألم في الصدر", "سعال", "عندي صداع شديد منذ أسبوع كامل"]
-    unfinished = np.array([False, True, False])
-    by_name = scores.answer_scores(complaints, answers, ["الى الطوارئ"] * 3, unfinished)
-    assert {name: values.tolist() for name, values in by_name.items()
-            if name not in ("chrF", "BLEU", "ROUGE-L")} == {
-        "words": [3, 0, 6], "empty": [0, 1, 0], "unfinished": [0, 1, 0], "repetitive": [0, 0, 0],
-                "repeats complaint": [0, 0, 1],
-        "urgent": [1, 0, 0]}
-    assert all(values.shape == (3,) and values.dtype == np.float64 for values in by_name.values())
-    for name in scores.RATES:
-        assert set(by_name[name]) <= {0, 1}
+def texts_score(answer, reference):
+    """chrF, BLEU and ROUGE-L."""
+    by_name = scores.answer_scores("", answer, reference, False)
+    return [by_name[name] for name in ("chrF", "BLEU", "ROUGE-L")]
+
+
+def test_every_score_of_an_answer():
+    for complaint, answer, expected in (
+        ("ألم في الصدر", "اذهب إلى الطوارئ", {"words": 3, "urgent": True}),
+        ("سعال", " …", {"empty": True, "unfinished": True}),
+        ("عندي صداع شديد منذ أسبوع كامل", "عندي صداع شديد منذ أسبوع كامل", {"words": 6, "repeats complaint": True}),
+    ):
+        by_name = scores.answer_scores(complaint, answer, "الى الطوارئ", "unfinished" in expected)
+        nothing = {"words": 0, **dict.fromkeys(scores.RATES, False)}
+        assert {name: value for name, value in by_name.items()
+                if name not in ("chrF", "BLEU", "ROUGE-L")} == nothing | expected
 
 
 def test_what_preprocessing_takes_away_costs_nothing():
     """Diacritics, tatweel and the shapes of digits: a model that was trained without cannot write them."""
     reference = "خُذْ حبّةً كـــل ٨ ساعات، ثم راجع الطبيب خلال ۱۴ يومًا"
+    assert texts_score("خذ حبة كل 8 ساعات، ثم راجع الطبيب خلال 14 يوما", reference) == pytest.approx([100, 100, 1])
     answer = arabic.unpreprocess(arabic.preprocess(reference)).replace("۱۴", "14")
-    by_name = scores.answer_scores([""], ["خذ حبة كل 8 ساعات، ثم راجع الطبيب خلال 14 يوما"], [reference], [False])
-    for name, most in (("chrF", 100), ("BLEU", 100), ("ROUGE-L", 1)):
-        assert by_name[name] == pytest.approx([most])
-    assert scores.chrf([answer], [reference]) < 90  # not folded
+    assert scores.CHRF2.sentence_score(answer, [reference]).score < 90  # not folded
 
 
 @pytest.mark.parametrize("text", ["راجع الطبيب غدًا، ولا تقلق", "نعم"])
 def test_identical_arabic_text_scores_full(text):
     """Packages that delete what is not ASCII give it 0; and a short text has no 4-grams."""
-    assert scores.chrf([text], [text]) == pytest.approx([100])
-    assert scores.bleu([text], [text]) == pytest.approx([100])
-    assert scores.rouge_l([text], [text]) == [1]
+    assert texts_score(text, text) == pytest.approx([100, 100, 1])
 
 
-def test_unrelated_and_empty_text_scores_nothing():
-    for score in (scores.chrf, scores.bleu, scores.rouge_l):
-        assert score(["زكام", "", "زكام", ""], ["شلل", "شلل", "", ""]).tolist() == [0, 0, 0, 0]
+@pytest.mark.parametrize("answer, reference", [("زكام", "شلل"), ("", "شلل"), ("زكام", ""), ("", "")])
+def test_unrelated_and_empty_text_scores_nothing(answer, reference):
+    assert texts_score(answer, reference) == [0, 0, 0]
 
 
 def test_bleu_splits_at_arabic_punctuation():
     """The last word is the same with and without a question mark: 4 of 5, 3 of 4, 2 of 3 and 1 of 2
     n-grams."""
     expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
-    assert scores.bleu(["راجع طبيبك غدا صباحا؟"], ["راجع طبيبك غدا صباحا"]) == pytest.approx([expected])
+    assert texts_score("راجع طبيبك غدا صباحا؟", "راجع طبيبك غدا صباحا")[1] == pytest.approx(expected)
 
 
 def test_words():
@@ -162,11 +150,11 @@ def test_words():
 
 def test_rouge_l_by_hand():
     """Longest common subsequence: راجع الطبيب غدا, 3 of 4 and of 5 words."""
-    assert scores.rouge_l(["راجع الطبيب المختص غدا"],
-                          ["راجع أنت الطبيب، غدًا صباحا"]) == pytest.approx([2 * 3 / (4 + 5)])
+    rouge_l = texts_score("راجع الطبيب المختص غدا", "راجع أنت الطبيب، غدًا صباحا")[2]
+    assert rouge_l == pytest.approx(2 * 3 / (4 + 5))
 
 
-def test_longest_common_subsequence_against_the_table():
+def test_rouge_l_against_the_table():
     random = Random(0)
     for _ in range(200):
         a, b = ([random.choice("abc") for _ in range(random.randrange(90))] for _ in range(2))
@@ -175,7 +163,7 @@ def test_longest_common_subsequence_against_the_table():
             for j in range(len(b)):
                 table[i + 1][j + 1] = table[i][j] + 1 if a[i] == b[j] else max(table[i][j + 1],
                                                                                table[i + 1][j])
-        assert scores.longest_common_subsequence(a, b) == table[-1][-1]
+        assert scores.rouge_l(a, b) == 2 * table[-1][-1] / max(1, len(a) + len(b))
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -188,7 +176,7 @@ def test_longest_common_subsequence_against_the_table():
 ])
 def test_repetitive(text, expected):
     """Loops; not a dosage that comes twice."""
-    assert scores.repetitive(text) == expected
+    assert scores.repetitive(scores.words(text)) == expected
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -199,8 +187,8 @@ def test_repetitive(text, expected):
 ])
 def test_repeats_complaint(text, expected):
     """More than half of the words in stretches of five; a short mention is no repetition."""
-    assert scores.repeats_complaint(text,
-                                    "السلام عليكم، أعاني من ألم شديد في الركبة اليمنى منذ شهر") == expected
+    complaint = scores.words("السلام عليكم، أعاني من ألم شديد في الركبة اليمنى منذ شهر")
+    assert scores.repeats_complaint(scores.words(text), complaint) == expected
 
 
 URGENT = {

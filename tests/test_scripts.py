@@ -177,8 +177,8 @@ def scaled_rates(patch, factor):
 
 def validation_nll(model, run, table):
     _, examples = examples_of(run, table, "validation")
-    return scores.per_token(scores.response_nll(model, examples, device.choose("cpu", "fp32")),
-                            examples.target_counts)["nll"]
+    nll = scores.response_nll(model, examples, device.choose("cpu", "fp32"))
+    return float(nll.sum() / examples.target_counts.sum())
 
 
 def test_best_has_the_lowest_validation_nll_of_all_saves(folder, table, base):

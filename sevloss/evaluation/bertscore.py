@@ -6,7 +6,6 @@ which the published figures come from: raw cosines, not rescaled. Unrelated Arab
 so only differences between systems mean something.
 """
 
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -15,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
+from tqdm import tqdm
 
 from sevloss import InputError, data, device, distributed
 from sevloss.models import load_model, load_tokenizer
 
-MOST_HELD = 2 ** 17  # pieces whose vectors are in memory at a time: 0.4 GB where they are 768 wide
+MOST_HELD = 2 ** 15  # pieces whose vectors are in memory at a time: 0.1 GB where they are 768 wide
 
 
 def bert_score(candidates, references, ckpt="bert-base-multilingual-cased", layer=9, *, compute=None):
@@ -40,11 +40,7 @@ class Scorer:
     @classmethod
     def load(cls, ckpt="bert-base-multilingual-cased", layer=9, *, compute=None):
         """ckpt: an encoder, named as for load_model. layer: the block whose output is compared, from 1; 0 is
-        the embeddings.
-
-        compute: None is fp32, as published scores are. Raises InputError where there is no such encoder or no
-        such block.
-        """
+        the embeddings. compute: None is fp32, as published scores are."""
         compute = compute or device.choose(dtype="fp32")
         model = load_model(ckpt, device=compute.device)
         if not hasattr(model, "hidden_states"):
@@ -60,24 +56,28 @@ class Scorer:
         return cls(model, load_tokenizer(ckpt), layer, compute)
 
     @torch.no_grad()
-    def score(self, candidates, references, *, progress=None):
+    def score(self, candidates, references):
         """Two lists of n texts -> precision, recall, f1, each (n,) fp32 on the CPU. Prints how many texts
         were cut, if any.
 
         precision: the mean, over the candidate's pieces, of the largest cosine with a piece of the reference;
         recall: the same from the other side; f1 = 2PR / (P + R). [CLS] and [SEP] may be a piece's best match,
-        but have no part in the means. A text without pieces scores 0. progress: a bar of 2n steps.
+        but have no part in the means. A text without pieces scores 0.
         """
-        if len(candidates) != len(references):
-            raise ValueError(f"there are {len(candidates)} candidates and {len(references)} references")
-        pairs = [(c.strip(), r.strip()) for c, r in zip(candidates, references)]
-        ids = self._encode(list(dict.fromkeys(chain.from_iterable(pairs))))
+        pairs = [(c.strip(), r.strip()) for c, r in zip(candidates, references, strict=True)]
+        texts = list(dict.fromkeys(chain.from_iterable(pairs)))
+        most = self.model.config.context
+        encoded, self.cut = data.encode_and_cut(self.tokenizer, texts, most)
+        if self.cut:
+            print(f"  BERTScore: {self.cut:,} of {len(texts):,} different texts were cut to {most} pieces")
+        ids = dict(zip(texts, encoded))
         lengths = [len(ids[c]) + len(ids[r]) for c, r in pairs]
         scores = torch.zeros(len(pairs), 2, device=self.compute.device)
+        parts = distributed.micro_batches(lengths, range(len(pairs)), MOST_HELD)
         with _full_fp32():
-            for rows in distributed.micro_batches(lengths, range(len(pairs)), MOST_HELD):
-                counts = Counter(chain.from_iterable(pairs[row] for row in rows))
-                vectors = self._unit_vectors(counts, ids, progress)
+            for rows in tqdm(parts, desc="BERTScore", leave=False, mininterval=1):
+                texts = dict.fromkeys(chain.from_iterable(pairs[row] for row in rows))
+                vectors = self._unit_vectors({text: ids[text] for text in texts})
                 for row in rows:
                     c, r = pairs[row]
                     if len(ids[c]) > 2 and len(ids[r]) > 2:  # more than [CLS] and [SEP]
@@ -87,18 +87,9 @@ class Scorer:
         precision, recall = distributed.add_up(scores).cpu().unbind(1)
         return precision, recall, (2 * precision * recall / (precision + recall)).nan_to_num(0.0)
 
-    def _encode(self, texts):
-        """{text: piece ids}"""
-        most = self.model.config.context
-        ids, self.cut = data.encode_and_cut(self.tokenizer, texts, most)
-        if self.cut:
-            print(f"  BERTScore: {self.cut:,} of {len(texts):,} different texts were cut to {most} pieces")
-        return dict(zip(texts, ids))
-
-    def _unit_vectors(self, counts, ids, progress):
-        """{text: (its pieces, D) fp32 vectors of length 1}. counts: {text: how often it occurs}; each is
-        encoded once."""
-        texts = list(counts)
+    def _unit_vectors(self, ids):
+        """{text: piece ids} -> {text: (its pieces, D) fp32 vectors of length 1}"""
+        texts = list(ids)
         lengths = [len(ids[text]) for text in texts]
         most_tokens = 1024 if self.compute.device.type == "cpu" else 16384  # fits a CPU's cache; fills a GPU
         vectors = {}
@@ -108,8 +99,6 @@ class Scorer:
                 tokens, pieces = data.pack([ids[text] for text in part], self.compute.device)
                 hidden = self.model.hidden_states(tokens, pieces, self.layer)  # (N, D)
                 vectors.update(zip(part, F.normalize(hidden.float(), dim=-1).split(pieces)))
-                if progress is not None:
-                    progress.update(sum(counts[text] for text in part))
         return vectors
 
 
@@ -133,7 +122,6 @@ def _full_fp32():
 
 def _onednn(linear):
     """The forward pass of an nn.Linear in oneDNN: the same fp32 products as in MKL, which torch takes, but
-    faster on AMD processors.
-    """
+    faster on AMD processors."""
     weight, bias = linear.weight.detach().to_mkldnn(), linear.bias.detach().to_mkldnn()
     return lambda x: F.linear(x.to_mkldnn(), weight, bias).to_dense()

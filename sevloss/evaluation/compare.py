@@ -7,8 +7,9 @@ The mean over all cells has variance var(seed) / S + var(row) / N + var(residual
 Degrees of freedom are Satterthwaite's (1946), but with S - 2 for S - 1, and never fewer than S - 1:
     df = V^2 / (seeds^2 / (S - 2) + rows^2 / (N - 1) + residual^2 / ((S - 1) (N - 1))).
 With S - 1 the test finds up to 8% of equal settings different when S = 3, with S - 2 up to 5.5%.
-A ratio of sums, a weighted mean or a difference of two groups is, to first order, a constant plus a sum of
-one influence value per row (delta method). It stands where the mean has (score[s, i] - mean) / N.
+A weighted mean (one over all tokens weighs each row by its tokens) or a difference of two groups is, to
+first order, a constant plus a sum of one influence value per row (delta method). It stands where the mean has
+(score[s, i] - mean) / N.
 """
 
 import math
@@ -24,32 +25,32 @@ NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(100)
 class Estimate(NamedTuple):
     """A score or a difference. low, high, error, df are nan for fewer than FEWEST_ROWS effective rows."""
     value: float
-    low: float  # 95% interval
-    high: float
-    error: float  # standard error, sqrt(V)
-    df: float
-    rows: float  # Kish's effective number; of two groups the smaller one
-    seeds: int  # that the interval includes beside the rows; 0: it is about these very runs
+    low: float = math.nan  # 95% interval
+    high: float = math.nan
+    error: float = math.nan  # standard error, sqrt(V)
+    df: float = math.nan
+    rows: float = math.nan  # Kish's effective number; of two groups the smaller one
+    seeds: int = 0  # that the interval includes beside the rows; 0: it is about these very runs
     p: float = math.nan  # two-sided, before `holm`; nan where nothing is tested
     sd_seeds: float = math.nan  # standard deviation between runs, where there are two or more
 
 
-def estimate(values, counts=1.0, weights=1.0, minus=None):
-    """Estimate of sum(weights * values) / sum(weights * counts), averaged over runs.
+def estimate(values, weights=1.0, minus=None):
+    """Estimate of the rows' weighted mean, averaged over runs. Below FEWEST_SEEDS runs V is s2(rows) / N.
 
-    values: (S, N), or (N,) of one run; counts, weights: (N,), 0 or more, or one number for all; minus: (N,)
-    weights of a group whose score is subtracted: a contrast. Below FEWEST_SEEDS runs V is s2(rows) / N.
+    values: (S, N), or (N,) of one run; weights: (N,), 0 or more, or one number for all; minus: (N,) weights
+    of a group whose score is subtracted: a contrast.
     """
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
-    scores, influence, rows = row_influence(values, counts, weights)
+    scores, influence, rows = row_influence(values, weights)
     if minus is not None:
-        other_scores, other_influence, other_rows = row_influence(values, counts, minus)
+        other_scores, other_influence, other_rows = row_influence(values, minus)
         scores, influence, rows = scores - other_scores, influence - other_influence, min(rows, other_rows)
     value = float(scores.mean())
     seeds = len(values) if len(values) >= FEWEST_SEEDS else 0
     spread = float(scores.std(ddof=1)) if len(values) > 1 else math.nan
     if rows < FEWEST_ROWS:
-        return Estimate(value, math.nan, math.nan, math.nan, math.nan, rows, seeds, sd_seeds=spread)
+        return Estimate(value, rows=rows, seeds=seeds, sd_seeds=spread)
 
     df = rows - 1
     variance = of_rows = float((influence.mean(0) ** 2).sum())
@@ -64,28 +65,27 @@ def estimate(values, counts=1.0, weights=1.0, minus=None):
     return Estimate(value, value - margin, value + margin, error, df, rows, seeds, sd_seeds=spread)
 
 
-def row_influence(values, counts, weights):
+def row_influence(values, weights):
     """(scores of the runs (S,), influence of the rows (S, N), Kish's effective number of rows n (1965)).
 
     A run's influence values add up to 0. With their factor, sqrt(n / (n - 1)), their squares add up to s2 / N
     for a mean. Where no row has a weight they and the scores are nan, and n is 0.
     """
     weights = weights * np.ones(values.shape[1])
-    shares = weights * counts
-    total = shares.sum() or math.nan
-    n = float(shares.sum() ** 2 / ((shares**2).sum() or 1.0))
+    total = weights.sum() or math.nan
+    n = float(weights.sum() ** 2 / ((weights**2).sum() or 1.0))
     scores = values @ weights / total
-    influence = weights * (values - scores[:, None] * counts) / total
+    influence = weights * (values - scores[:, None]) / total
     return scores, influence * math.sqrt(n / max(1.0, n - 1)), n
 
 
-def paired_t(a, b, counts=1.0, weights=1.0, minus=None):
+def paired_t(a, b, weights=1.0, minus=None):
     """Estimate of b's score minus a's, with p: the seed-paired t test. Other arguments as in `estimate`.
 
     a, b: (S, N). Run s of both has the same seed, and what rows and seeds do to both drops out. A plain
     checkpoint, which no seed made, is (1, N). Below FEWEST_SEEDS seeds p is nan.
     """
-    result = estimate(np.atleast_2d(b) - np.atleast_2d(a), counts, weights, minus)
+    result = estimate(np.atleast_2d(b) - np.atleast_2d(a), weights, minus)
     return result._replace(p=student_p(result.value, result.error, result.df)) if result.seeds else result
 
 
@@ -95,7 +95,7 @@ def rate(values, weights=1.0):
     Its z is the quantile of t, its n `rows` over the design effect (Kish 1965): V over the variance of
     independent rows. One row more in both makes that 1 where all scores are the same.
     """
-    result = estimate(values, weights=weights)
+    result = estimate(values, weights)
     n, spread = result.rows, result.value * (1 - result.value)
     design_effect = (1 + n * (n - 1) * result.error**2) / (1 + n * spread)
     ratio = student_quantile(0.05, result.df) ** 2 * design_effect / max(1.0, n)  # z^2 / n

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -60,21 +60,25 @@ class Answers:
 
 def read_answers(path):
     """Answers, maybe of a part of the rows; None where there are none yet. The file's first line says how it
-    was made, each other one is a row."""
-    records = _read_lines(path)
-    if not records:
+    was made, each other one is a row; a last one without its end, where a stop cut it, does not count."""
+    path = Path(path)
+    # not splitlines(): a text may hold other line breaks, like U+2028
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    if not lines:
         return None
-    with interpreting(path, "if evaluate.py wrote it, it has lost its first line: remove it and call again"):
-        by_row = {record["row"]: Answer(**record) for record in records[1:]}  # one may be there twice
-        rows = sorted(by_row.values(), key=lambda row: row.row)
-        for row in rows:
+    with interpreting(path, "if evaluate.py wrote it, remove it and call again"):
+        head, *records = map(json.loads, lines)
+        by_row = {record["row"]: Answer(**record) for record in records}  # one may be there twice
+        answers = Answers(**head, rows=[by_row[row] for row in sorted(by_row)], path=path)
+        for row in answers.rows:
             texts = (row.complaint, row.reference, row.answer, row.specialty)
             numbers = [row.row, row.nll / row.tokens, *(row.probabilities or (1, 0, 0))]
             if not (all(isinstance(text, str) for text in texts) and row.severity in (None, 0, 1, 2)
                     and all(isinstance(number, (int, float)) for number in numbers) and len(numbers) == 5):
                 raise ValueError(f"row {row.row} has a value of another type")
-        answers = Answers(**records[0], rows=rows, path=Path(path))
-        if not (isinstance(answers.protocol, dict) and isinstance(answers.run.get("arguments", {}), dict)):
+        run = answers.run
+        if not (isinstance(answers.protocol, dict) and isinstance(run.get("arguments", {}), dict)
+                and isinstance(run.get("coefficients", []), list)):
             raise ValueError("its first line has a value of another type")
         return answers
 
@@ -111,20 +115,7 @@ def run_folder(name):
 def read_run_json(name):
     """run.json of the run that `name` is, or whose merged model it is; {} for a plain checkpoint."""
     folder = run_folder(name)
-    run = hub.read_json(folder / "run.json") if folder else {}
-    if not isinstance(run.get("arguments", {}), dict):
-        raise InputError(f"{folder}/run.json is no run's: its arguments are of another type")
-    return run
-
-
-def _read_lines(path):
-    """The lines of a .jsonl file, without what a stop left of the last one. Not splitlines(): a text may hold
-    other line breaks, like U+2028."""
-    path = Path(path)
-    if not path.is_file():
-        return []
-    with interpreting(path, "if it was written here, remove it and call again"):
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line]
+    return hub.read_json(folder / "run.json") if folder else {}
 
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -146,9 +137,8 @@ def settings_of(answers):
         repeats[same, a.seed] += 1
         groups[same, repeats[same, a.seed]].append(a)
     groups = list(groups.values())
-    names = _setting_names(groups)
     return [Setting(name, [a.name for a in group], [a.seed for a in group])
-            for name, group in zip(names, groups)]
+            for name, group in zip(_setting_names(groups), groups)]
 
 
 def arguments_of(answers):
@@ -159,36 +149,43 @@ def arguments_of(answers):
 
 def _setting_names(groups):
     """What the names of a setting's runs share (runs/plain-0, runs/plain-1: plain), without the folder that
-    all lie in; where that does not tell settings apart, the arguments in which they differ."""
-    names = []
+    all lie in; where that does not tell settings apart, the arguments in which they differ; else the first
+    runs' names."""
+    shared = []
     for group in groups:
         name = os.path.commonprefix([a.name for a in group])
-        names.append(name if len(group) == 1 else re.sub(r"[-_]*\d*$", "", name))
-    folder = os.path.commonprefix(names).rpartition("/")[0]
-    names = [name.removeprefix(folder + "/") for name in names]
-    if len(set(names)) < len(names) or not all(name and name[-1] != "/" for name in names):
-        arguments = [arguments_of(group[0]) for group in groups]
-        common = set(arguments[0]).intersection(*arguments)
-        names = [", ".join(word for word in words if word not in common) for words in arguments]
-    return names if len(set(names)) == len(names) and all(names) else [group[0].name for group in groups]
+        shared.append(name if len(group) == 1 else re.sub(r"[-_/]*\d*$", "", name))
+    folder = os.path.commonprefix(shared).rpartition("/")[0]
+    shared = [name.removeprefix(folder + "/") for name in shared]
+    arguments = [arguments_of(group[0]) for group in groups]
+    common = set(arguments[0]).intersection(*arguments)
+    different = [", ".join(word for word in words if word not in common) for words in arguments]
+    for names in (shared, different):
+        if len(set(names)) == len(names) and all(names):
+            return names
+    return [group[0].name for group in groups]
 
 
 def choose_control(settings, answers, against):
     """The setting with the run `against`; else the first one with equal weights; else the first one."""
-    runs = [against, *(a.name for a in answers if len(set(a.run.get("coefficients", "01"))) == 1)]
-    chosen = [setting for run in runs for setting in settings if run in setting.runs]
-    return (chosen or settings)[0]
+    equal = [a.name for a in answers if len(set(a.run.get("coefficients", ()))) == 1]
+    for run in [against, *equal]:
+        for setting in settings:
+            if run in setting.runs:
+                return setting
+    return settings[0]
 
 
 def pair_runs(control, setting):
     """(runs of the control, runs of the setting, seeds): those with a seed in common. A plain checkpoint,
     which no seed made, goes with every run."""
-    if None in control.seeds + setting.seeds:
-        seeds = setting.seeds if None in control.seeds else control.seeds
-        return control.runs, setting.runs, seeds
-    seeds = sorted(set(control.seeds) & set(setting.seeds))
-    a, b = ([side.runs[side.seeds.index(seed)] for seed in seeds] for side in (control, setting))
-    return a, b, seeds
+    a, b = (dict(zip(side.seeds, side.runs)) for side in (control, setting))
+    if None in a:
+        return control.runs, setting.runs, setting.seeds
+    if None in b:
+        return control.runs, setting.runs, control.seeds
+    seeds = sorted(a.keys() & b.keys())
+    return [a[seed] for seed in seeds], [b[seed] for seed in seeds], seeds
 
 
 # --- findings -----------------------------------------------------------------------------------------------
@@ -225,15 +222,22 @@ class Evaluation:
     answers: list[Answers]
     row_scores: dict  # run -> {score: (n,)}
 
+    def most_critical_first(self):
+        """Indices of the rows: first those labelled critical, each part by p(critical)."""
+        def criticality(i):
+            row = self.answers[0].rows[i]
+            return row.class_name == "critical", row.probabilities[2] if row.probabilities else 0
+        return sorted(range(self.protocol["rows"]), key=criticality, reverse=True)
+
     def to_json(self):
         """What evaluation.json holds: all but what is said of each row, which is in .jsonl files."""
-        values = asdict(replace(self, means={}, differences={}, answers=[], row_scores={}))
+        values = dict(vars(self))
         del values["answers"], values["row_scores"]
+        values["settings"] = [asdict(setting) for setting in self.settings]
         for key in ("means", "differences"):
-            values[key] = [dict(zip(("setting", "score", "group"), about)) | estimate._asdict()
-                           for about, estimate in getattr(self, key).items()]
-        for verdict in values["verdicts"]:
-            verdict["difference"] = verdict["difference"]._asdict()
+            values[key] = [{"setting": setting, "score": score, "group": group, **estimate._asdict()}
+                           for (setting, score, group), estimate in values[key].items()]
+        values["verdicts"] = [asdict(v) | {"difference": v.difference._asdict()} for v in self.verdicts]
         return without_nan(values)
 
 
@@ -246,21 +250,22 @@ def evaluate(answers, bertscores, notes, against=None):
     tokens = {a.name: np.array([row.tokens for row in a.rows]) for a in answers}
     score_names = ["NLL", "NLL over tokens", *list(row_scores[answers[0].name])[1:]]
 
-    def of_runs(runs, score):
-        """Values of runs with the same tokens, (S, n), and the rows' counts, (n,)."""
+    def of_runs(runs, score, group):
+        """Values of the rows, (S, n), and what the rows weigh."""
+        weights = groups[group]
         if score == "NLL over tokens":
-            return of_runs(runs, "NLL")[0] * tokens[runs[0]], tokens[runs[0]]
-        return np.stack([row_scores[run][score] for run in runs]), np.ones(len(answers[0].rows))
+            score = "NLL"
+            weights = {name: w * tokens[runs[0]] for name, w in weights.items()}
+        return np.stack([row_scores[run][score] for run in runs]), weights
 
     # Scores of settings
     settings = settings_of(answers)
     means = {}
     for setting, score, group in product(settings, score_names, groups):
-        values, counts = of_runs(setting.runs, score)
-        if score in scores.RATES and group != contrast:
-            means[setting.name, score, group] = compare.rate(values, **groups[group])
-        else:
-            means[setting.name, score, group] = compare.estimate(values, counts, **groups[group])
+        values, weights = of_runs(setting.runs, score, group)
+        is_rate = score in scores.RATES and group != contrast
+        mean = compare.rate if is_rate else compare.estimate
+        means[setting.name, score, group] = mean(values, **weights)
 
     # Differences from the control, paired by seed
     control = choose_control(settings, answers, against)
@@ -270,23 +275,23 @@ def evaluate(answers, bertscores, notes, against=None):
             continue
         a_runs, b_runs, seeds = pair_runs(control, setting)
         pair = f"{setting.name} and {control.name}"
-        if alone := set(control.seeds + setting.seeds) - set(seeds) - {None}:
-            notes.append(f"{pair}: only one of them has seed {listed(sorted(alone))}, which is left out")
-        comparable = [score for score in score_names if seeds]
-        if not np.array_equal(tokens[control.runs[0]], tokens[setting.runs[0]]):
-            comparable = comparable[2:]
+        if alone := sorted(set(control.seeds + setting.seeds) - set(seeds) - {None}):
+            notes.append(f"{pair}: left out, as only one of them has it: seed {', '.join(map(str, alone))}")
+        if not seeds:
+            verdicts.append(Verdict(setting.name, control.name, "NLL", [], compare.Estimate(math.nan)))
+            continue
+        comparable = score_names
+        if not np.array_equal(tokens[a_runs[0]], tokens[b_runs[0]]):
+            comparable = [score for score in score_names if not score.startswith("NLL")]
             notes.append(f"NLL of {pair} is not compared: the references are not the same number of tokens")
         for score, group in product(comparable, groups):
-            a, counts = of_runs(a_runs, score)
-            b, _ = of_runs(b_runs, score)
-            differences[setting.name, score, group] = compare.estimate(b - a, counts, **groups[group])
+            a, weights = of_runs(a_runs, score, group)
+            b, _ = of_runs(b_runs, score, group)
+            difference = compare.paired_t(a, b, **weights)
+            differences[setting.name, score, group] = difference._replace(p=math.nan)  # only verdicts have p
             endpoint = {"all": "NLL", contrast: "contrast"}.get(group)
             if score == "NLL" and endpoint:
-                difference = compare.paired_t(a, b, counts, **groups[group])
                 verdicts.append(Verdict(setting.name, control.name, endpoint, seeds, difference))
-        if not seeds:
-            unknown = compare.Estimate(*[math.nan] * 6, seeds=0)
-            verdicts.append(Verdict(setting.name, control.name, "NLL", [], unknown))
     judge(verdicts, differences, contrast)
     counts = {name: min(int((w > 0).sum()) for w in weights.values()) for name, weights in groups.items()}
     return Evaluation(answers[0].protocol, settings, control.name, counts, contrast, score_names, means,
@@ -295,15 +300,14 @@ def evaluate(answers, bertscores, notes, against=None):
 
 def scores_of(answers, bertscore=None):
     """{score: (n,)} of one model's answers, NLL first; bertscore: (n,) F1 or None."""
-    rows = answers.rows
-    row_scores = {"NLL": np.array([row.nll / row.tokens for row in rows])}
+    columns = {"NLL": [row.nll / row.tokens for row in answers.rows]}
     if bertscore is not None:
-        row_scores["BERTScore F1"] = np.array(bertscore, dtype=np.float64)
+        columns["BERTScore F1"] = bertscore
     if answers.protocol["max_new_tokens"]:
-        row_scores |= scores.answer_scores(
-            [row.complaint for row in rows], [row.answer for row in rows], [row.reference for row in rows],
-            [not row.finished for row in rows])
-    return row_scores
+        lines = [scores.answer_scores(row.complaint, row.answer, row.reference, not row.finished)
+                 for row in answers.rows]
+        columns |= {score: [line[score] for line in lines] for score in lines[0]}
+    return {score: np.array(values, dtype=np.float64) for score, values in columns.items()}
 
 
 def without_nan(value):
@@ -314,12 +318,9 @@ def without_nan(value):
 # --- verdicts -----------------------------------------------------------------------------------------------
 
 NO_DIFFERENCE = "is not distinguishable from"
-FINDINGS = {  # endpoint: {finding: words of the summary}; of a negative difference, a positive one, none
-    "NLL": {"is better than": "better with", "is worse than": "worse with",
-            NO_DIFFERENCE: "no difference found with", "no verdict": "too little to tell with"},
-    "contrast": {"shifts towards critical rows against": "yes with",
-                 "shifts away from critical rows against": "the opposite with",
-                 NO_DIFFERENCE: "no shift found with", "no verdict": "too little to tell with"}}
+FINDINGS = {  # of a negative difference, and of a positive one
+    "NLL": ("is better than", "is worse than"),
+    "contrast": ("shifts towards critical rows against", "shifts away from critical rows against")}
 
 
 def judge(verdicts, differences, contrast):
@@ -330,10 +331,10 @@ def judge(verdicts, differences, contrast):
         v.p_holm = p
         if math.isfinite(p):
             v.detectable = compare.detectable_difference(v.difference, 0.05 / tests)
-            v.finding = list(FINDINGS[v.endpoint])[v.difference.value > 0] if p < 0.05 else NO_DIFFERENCE
+            v.finding = FINDINGS[v.endpoint][v.difference.value > 0] if p < 0.05 else NO_DIFFERENCE
         v.sentence = sentence_of(v)
         if v.endpoint == "contrast":
-            changes = [f"{signed(differences[v.setting, 'NLL', name])} in {name} rows"
+            changes = [f"{with_interval(differences[v.setting, 'NLL', name])} in {name} rows"
                        for name in contrast.split(" minus ")]
             v.sentence += f" NLL changes by {' and '.join(changes)}."
             if contrast.startswith("predicted"):
@@ -344,53 +345,46 @@ def sentence_of(v):
     """The finding with its numbers, or why there is none."""
     what = {"NLL": "NLL", "contrast": "the contrast (NLL of critical minus non-critical rows)"}[v.endpoint]
     rows = f"{v.difference.rows:.0f} rows{' of the smaller class' if v.endpoint == 'contrast' else ''}"
-    seeds = len(v.seeds)
     remedy = ""
     if v.endpoint == "NLL" and v.seeds != [None]:
-        new = next((seed for seed in range(3) if seed not in v.seeds), 0)
+        new = min({0, 1, 2} - set(v.seeds), default=0)
         remedy = (f" To settle it, train both with three seeds (python finetune.py --seed {new} ..., the "
                   "rest unchanged) and evaluate all runs in one call.")
-    if not seeds:
+    if not v.seeds:
         return f"{v.setting} and {v.control} have no seed in common and are not compared.{remedy}"
-    if seeds < compare.FEWEST_SEEDS:
-        runs = "these two runs differ" if seeds == 1 else "these two pairs of runs differ"
-        says = "one seed says" if seeds == 1 else "two seeds say"
-        return (f"{v.setting} and {v.control}: {runs} by {signed(v.difference)} in {what}; {says} nothing "
-                f"about the settings.{remedy}")
+    differ = f"{v.setting} and {v.control} differ by {with_interval(v.difference)} in {what}"
+    if len(v.seeds) < compare.FEWEST_SEEDS:
+        return f"{differ}; fewer than three seeds say nothing about the settings.{remedy}"
     if v.finding == "no verdict":
-        return (f"{v.setting} and {v.control} differ by {signed(v.difference)} in {what}; {rows} are too few "
-                "for a verdict.")
+        return f"{differ}; {rows} are too few for a verdict."
     chance = "p < 0.001" if v.p_holm < 0.001 else f"p = {v.p_holm:.3f}"
-    return (f"{v.setting} {v.finding} {v.control} in {what}: {signed(v.difference)}, {chance}, over {seeds} "
-            f"seeds and {rows}. A difference of {v.detectable:.2g} would be found in 80% of such cases.")
+    return (f"{v.setting} {v.finding} {v.control} in {what}: {with_interval(v.difference)}, {chance}, over "
+            f"{len(v.seeds)} seeds and {rows}. A difference of {v.detectable:.2g} would be found in 80% of "
+            "such cases.")
 
 
 def summarise(verdicts, control):
     """[how well, for whom] in words; one sentence where there is no verdict; [] where nothing is compared."""
     if verdicts and all(v.finding == "no verdict" for v in verdicts):
         return [f"No verdict: it takes three seeds in common with {control}, and {compare.FEWEST_ROWS} rows."]
-    leads = {"NLL": f"Compared with {control}, how well the model foresees what doctors wrote",
-             "contrast": "Whether it shifts towards critical complaints"}
     sentences = []
-    for endpoint, lead in leads.items():
-        found = {finding: [v.setting for v in verdicts if (v.endpoint, v.finding) == (endpoint, finding)]
-                 for finding in FINDINGS[endpoint]}
-        parts = [f"{words} {listed(found[finding])}" for finding, words in FINDINGS[endpoint].items()
-                 if found[finding]]
+    for endpoint, lead in (("NLL", "How well the model foresees what doctors wrote"),
+                           ("contrast", "Whether it shifts towards critical complaints")):
+        parts = []
+        for v in verdicts:
+            if v.endpoint == endpoint and v.finding == "no verdict":
+                parts.append(f"no verdict on {v.setting}")
+            elif v.endpoint == endpoint:
+                parts.append(f"{v.setting} {v.finding} {control}")
         if parts:
             sentences.append(f"{lead}: {'; '.join(parts)}.")
     return sentences
 
 
-def listed(words):
-    *first, last = map(str, words)
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def signed(estimate):
-    """Value and 95% interval, in digits that mean something."""
-    places = decimals(estimate.high - estimate.value)
-    value, low, high = (f"{x:+z.{places}f}" for x in estimate[:3])
+def with_interval(estimate, places=None, sign="+"):
+    """Value and 95% interval, in as many digits as mean something, or `places` decimals."""
+    places = decimals(estimate.high - estimate.value) if places is None else places
+    value, low, high = (f"{x:{sign}z,.{places}f}" for x in estimate[:3])
     return value if math.isnan(estimate.low) else f"{value} [{low}, {high}]"
 
 

@@ -9,12 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sevloss.checkpoint import write_lines
-from sevloss.evaluation.findings import decimals, without_nan
+from sevloss.evaluation.findings import decimals, with_interval, without_nan
 from sevloss.evaluation.scores import RATES
 from sevloss.page import Table, picture, write_page
 
 MAIN_SCORES = ("NLL", "BERTScore F1", "chrF", "urgent")  # in the first table and by specialty
 MOST_ANSWERS = 200  # in the page
+PICTURES = {"NLL": "Left of the line: the doctors' words are likelier than to the control",
+            "contrast": "Left of the line: shifted towards critical rows"}
 
 
 def write_evaluation(folder, evaluation):
@@ -24,37 +26,34 @@ def write_evaluation(folder, evaluation):
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder, evaluation)
     pictures = []
-    for name, title in (
-        ("nll.png", "Left of the line: the doctors' words are likelier than to the control"),
-        ("contrast.png", "Left of the line: shifted towards critical rows"),
-    ):
-        figure = draw_differences(evaluation, name.removesuffix(".png"))
-        if figure:
-            pictures.append(picture(figure, title, folder / name))
+    for endpoint, title in PICTURES.items():
+        if figure := draw_differences(evaluation, endpoint):
+            pictures.append(picture(figure, title, folder / f"{endpoint.lower()}.png"))
 
-    constant = constant_scores(evaluation)
+    constant = {}  # scores that are the same in all rows of all runs
+    for score in evaluation.row_scores[evaluation.answers[0].name]:
+        values = np.stack([columns[score] for columns in evaluation.row_scores.values()])
+        if np.ptp(values) == 0:
+            constant[score] = f"{values.flat[0]:.4g}"
     scores = [score for score in evaluation.score_names if score not in constant]
     main = [(score, "all") for score in MAIN_SCORES if score in scores]
     if evaluation.contrast:
         main.insert(1, ("NLL", evaluation.contrast))
     specialties = [group for group in evaluation.groups if group.startswith("specialty: ")]
-    classes = [group for group in evaluation.groups if group not in ("all", *specialties)]
-    rest = {
-        "All scores": score_table(evaluation, product(scores, ["all"]), evaluation.means),
-        "By class": score_table(evaluation, product(scores, classes), evaluation.means),
-        "By specialty": score_table(evaluation, product([score for score, _ in main], specialties),
-                                    evaluation.means),
-        f"Differences from {evaluation.control}": score_table(
-            evaluation, product(scores, ["all", *classes]), evaluation.differences),
+    classes = [group for group in evaluation.groups if group not in specialties]  # "all" among them
+    by_specialty = product([score for score, _ in main], specialties)
+    tables = {
+        "All scores, by class": score_table(evaluation, evaluation.means, product(scores, classes)),
+        "By specialty": score_table(evaluation, evaluation.means, by_specialty),
+        f"Differences from {evaluation.control}": score_table(evaluation, evaluation.differences,
+                                                              product(scores, classes)),
     }
-    rows = evaluation.answers[0].rows
-    order = sorted(range(len(rows)), key=lambda i: criticality(rows[i]))
     write_page(
         folder / "report.html", "evaluation/report.html", found=evaluation, constant=constant, rates=RATES,
-        main=score_table(evaluation, main, evaluation.means),
-        rest={title: table for title, table in rest.items() if table.rows},
+        main=score_table(evaluation, evaluation.means, main),
+        rest={title: table for title, table in tables.items() if table.rows},
         pictures=pictures,
-        order=order[:MOST_ANSWERS] if evaluation.protocol["max_new_tokens"] else [],
+        shown=evaluation.most_critical_first()[:MOST_ANSWERS],
         answers={a.name: a.rows for a in evaluation.answers})
 
 
@@ -67,32 +66,14 @@ def write_rows(folder, evaluation):
             "reference": row.reference, "answers": {a.name: a.rows[i].answer for a in evaluation.answers},
         })
         for run, columns in evaluation.row_scores.items():
-            values = {name: float(column[i]) for name, column in columns.items()}
+            values = {score: float(column[i]) for score, column in columns.items()}
             scores.append({"row": row.row, "run": run, "severity": row.class_name, **without_nan(values)})
-    write_lines(folder / "generations.jsonl", (json.dumps(line, ensure_ascii=False) for line in generations))
-    write_lines(folder / "scores.jsonl", (json.dumps(line, ensure_ascii=False) for line in scores))
+    for name, lines in (("generations", generations), ("scores", scores)):
+        write_lines(folder / f"{name}.jsonl", (json.dumps(line, ensure_ascii=False) for line in lines))
 
 
-def criticality(row):
-    """To sort by: rows labelled critical first, then by p(critical)."""
-    return row.class_name != "critical", -row.probabilities[2] if row.probabilities else 0
-
-
-# --- tables -------------------------------------------------------------------------------------------------
-
-def constant_scores(evaluation):
-    """{score: value} of those that are the same in all rows of all runs."""
-    constant = {}
-    for score in evaluation.score_names:
-        values = np.array([columns[score] for columns in evaluation.row_scores.values() if score in columns])
-        if values.size and np.ptp(values) == 0:
-            constant[score] = f"{values.flat[0]:.4g}"
-    return constant
-
-
-def score_table(evaluation, lines, estimates):
-    """lines: (score, group) of each; a column per setting: value [95% interval]. estimates: means, or
-    differences from the control."""
+def score_table(evaluation, estimates, lines):
+    """estimates: means, or differences from the control; lines: (score, group); a column a setting."""
     settings = list(dict.fromkeys(setting for setting, _, _ in estimates))
     sign = "+" if estimates is evaluation.differences else ""
     rows = []
@@ -101,24 +82,18 @@ def score_table(evaluation, lines, estimates):
         about = score if group == "all" else f"{score}: {group} ({evaluation.groups[group]:,})"
         margins = [e.high - e.value for e in of_line if e and e.high > e.value]
         places = decimals(min(margins, default=math.nan))
+        cells = ["–" if e is None or math.isnan(e.value) else with_interval(e, places, sign) for e in of_line]
         if any(of_line):
-            rows.append([about, *(cell(e, places, sign) for e in of_line)])
+            # a line may break before the bracket alone
+            rows.append([about, *(text.replace(", ", ",\N{NO-BREAK SPACE}") for text in cells)])
     return Table(["score", *settings], rows)
-
-
-def cell(estimate, places, sign):
-    """Value [95% interval]; a line may break before the bracket alone."""
-    if estimate is None or math.isnan(estimate.value):
-        return "–"
-    value, low, high = (f"{x:{sign}z,.{places}f}" for x in estimate[:3])
-    return value if math.isnan(estimate.low) else f"{value} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
 def draw_differences(evaluation, endpoint):
     """A figure of each setting's difference from the control with its interval, filled if it is a finding;
     None where nothing is compared. No Arabic in it: matplotlib does not join its letters."""
     verdicts = [v for v in evaluation.verdicts
-                if v.endpoint.lower() == endpoint and math.isfinite(v.difference.value)]
+                if v.endpoint == endpoint and math.isfinite(v.difference.value)]
     if not verdicts:
         return None
     figure = Figure(figsize=(5.6, 1.3 + 0.4 * len(verdicts)), layout="constrained")
@@ -132,6 +107,5 @@ def draw_differences(evaluation, endpoint):
         axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=3,
                       color="C0" if found else "grey", markerfacecolor="C0" if found else "white")
     axes.set(yticks=range(len(verdicts)), yticklabels=[v.setting[:30] for v in verdicts],
-             ylim=(len(verdicts) - 0.5, -0.5),
-             xlabel=f"{verdicts[0].endpoint} minus that of {verdicts[0].control[:30]}")
+             ylim=(len(verdicts) - 0.5, -0.5), xlabel=f"{endpoint} minus that of {evaluation.control[:30]}")
     return figure

@@ -1,10 +1,7 @@
 """Scores of a language model on reference responses: the likelihood of the responses, and the texts of its
-answers.
-
-Every score is kept per row. findings.py averages the rows, all of them or a group.
+answers. Every score is of a row; findings.py averages the rows, all of them or a group.
 """
 
-import math
 import re
 
 import numpy as np
@@ -17,6 +14,11 @@ from sevloss.evaluation.urgent import folded, urgent
 from sevloss.severity import CLASSES
 
 RATES = ("empty", "unfinished", "repetitive", "repeats complaint", "urgent")  # 0 or 1 in each row
+CHRF2 = CHRF()  # Popović 2015
+# Papineni et al. 2002, over the n-gram orders that the answer is long enough for: one of three words has no
+# 4-gram, which must not make its score 0. sacrebleu's default tokenizer, 13a, splits at ASCII punctuation
+# alone: to it "نعم،" and "نعم" are two words; "intl" splits at all punctuation, and not at diacritics.
+SENTENCE_BLEU = BLEU(tokenize="intl", effective_order=True)
 
 
 @torch.no_grad()  # in inference mode autocast would cast the weights to 16 bits anew for every batch
@@ -43,12 +45,6 @@ def response_nll(model, examples, compute, *, indices=None, most_tokens=4096):
     return distributed.add_up(total)
 
 
-def per_token(nll, tokens):
-    """Sums over sums: {nll, perplexity} of the examples together; never a mean of means."""
-    mean = float(nll.sum() / tokens.sum()) if len(tokens) else math.nan
-    return {"nll": mean, "perplexity": math.exp(min(mean, 700.0))}
-
-
 # --- groups of rows -----------------------------------------------------------------------------------------
 
 def row_groups(rows):
@@ -62,8 +58,9 @@ def row_groups(rows):
     for name in (*CLASSES, *(f"predicted {name}" for name in CLASSES)):
         if name in names:
             groups[name] = {"weights": (names == name).astype(float)}
-    labelled = bool(set(CLASSES) & groups.keys())
-    critical, non_critical = (("" if labelled else "predicted ") + CLASSES[i] for i in (2, 0))
+    labelled = any(row.severity is not None for row in rows)
+    critical = "critical" if labelled else "predicted critical"
+    non_critical = critical.replace("critical", "non-critical")
     if critical in groups and non_critical in groups:
         groups[f"{critical} minus {non_critical}"] = {
             "weights": groups[critical]["weights"], "minus": groups[non_critical]["weights"]}
@@ -76,43 +73,21 @@ def row_groups(rows):
 
 # --- answers ------------------------------------------------------------------------------------------------
 
-def answer_scores(complaints, answers, references, unfinished):
-    """{score: (n,)}: every score of n answers that texts alone give. unfinished (n,): the answer has no end.
-    chrF, BLEU and ROUGE-L are of `folded` texts: models behind AraBERT's preprocessing cannot write
-    diacritics, tatweel and the Arabic shapes of digits."""
-    folded_answers = [folded(a) for a in answers]
-    folded_references = [folded(r) for r in references]
-    scores = {
-        "chrF": chrf(folded_answers, folded_references),
-        "BLEU": bleu(folded_answers, folded_references),
-        "ROUGE-L": rouge_l(answers, references),
-        "words": [len(words(a)) for a in answers],
-        "empty": [not words(a) for a in answers],  # not a letter, not a digit
+def answer_scores(complaint, answer, reference, unfinished):
+    """{score: value} of one answer. unfinished: it has no end. chrF and BLEU, 0 to 100, are of `folded`
+    texts: models behind AraBERT's preprocessing cannot write diacritics, tatweel and Arabic digits."""
+    answer_words = words(answer)
+    return {
+        "chrF": CHRF2.sentence_score(folded(answer), [folded(reference)]).score,
+        "BLEU": SENTENCE_BLEU.sentence_score(folded(answer), [folded(reference)]).score,
+        "ROUGE-L": rouge_l(answer_words, words(reference)),
+        "words": len(answer_words),
+        "empty": not answer_words,  # not a letter, not a digit
         "unfinished": unfinished,
-        "repetitive": [repetitive(a) for a in answers],
-        "repeats complaint": [repeats_complaint(a, c) for a, c in zip(answers, complaints, strict=True)],
-        "urgent": [urgent(a) for a in answers],
+        "repetitive": repetitive(answer_words),
+        "repeats complaint": repeats_complaint(answer_words, words(complaint)),
+        "urgent": urgent(answer),
     }
-    return {name: np.asarray(values, dtype=np.float64) for name, values in scores.items()}
-
-
-# sacrebleu's default tokenizer, 13a, splits at ASCII punctuation alone: to it "نعم،" and "نعم" are two words.
-# In data/sample.jsonl every fifteenth word of the responses keeps a mark that way, with "intl" none: it
-# splits at all punctuation, and not at diacritics.
-TOKENIZER = "intl"
-
-
-def chrf(answers, references):
-    """(n,) chrF2 of each row, 0 to 100 (Popović 2015; sacrebleu)."""
-    score = CHRF()
-    return np.array([score.sentence_score(a, [r]).score for a, r in zip(answers, references, strict=True)])
-
-
-def bleu(answers, references):
-    """(n,) BLEU of each row, 0 to 100 (Papineni et al. 2002; sacrebleu), over the n-gram orders that the
-    answer is long enough for: an answer of three words has no 4-gram, which must not make its score 0."""
-    score = BLEU(tokenize=TOKENIZER, effective_order=True)
-    return np.array([score.sentence_score(a, [r]).score for a, r in zip(answers, references, strict=True)])
 
 
 def words(text):
@@ -120,48 +95,33 @@ def words(text):
     return re.findall(r"[^\W_]+", folded(text))
 
 
-def rouge_l(answers, references):
-    """(n,) ROUGE-L, 0 to 1 (Lin 2004): F1 = 2 LCS / (length of the answer + of the reference), in `words`. Of
-    two empty texts 0."""
-    scores = []
-    for answer, reference in zip(answers, references, strict=True):
-        a, r = words(answer), words(reference)
-        scores.append(2 * longest_common_subsequence(a, r) / max(1, len(a) + len(r)))
-    return np.array(scores)
+def rouge_l(answer, reference):
+    """ROUGE-L of two lists of words, 0 to 1 (Lin 2004): F1 = 2 LCS / (length of the answer + of the
+    reference), with the longest common subsequence. Of two empty ones 0."""
+    reference = np.array(reference, dtype=str)
+    longest = np.zeros(len(reference) + 1)  # a row of the textbook's table: of so many words of the reference
+    for word in answer:
+        longest[1:] = np.maximum.accumulate(np.maximum(longest[1:], longest[:-1] + (reference == word)))
+    return 2 * longest[-1] / max(1, len(answer) + len(reference))
 
 
-def longest_common_subsequence(a, b):
-    """Its length, for two lists. A row of the textbook's table is one integer: bit i is 0 where the row grows
-    at a[i] (Hyyrö 2004)."""
-    places = {}  # word -> bits of its positions in a
-    for i, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << i
-    ones = (1 << len(a)) - 1
-    row = ones
-    for word in b:
-        match = row & places.get(word, 0)
-        row = (row + match | row - match) & ones
-    return len(a) - row.bit_count()
-
-
-def _grams(text, n):
-    w = words(text)
-    return [tuple(w[i:i + n]) for i in range(len(w) - n + 1)]
-
-
-def repetitive(text):
+def repetitive(words):
     """Whether at least a fifth of the word 3-grams stood in the text before. Loops do that; of 2,971 real
     replies none did."""
-    grams = _grams(text, 3)
+    grams = _grams(words, 3)
     return len(grams) - len(set(grams)) >= max(1, len(grams) / 5)
 
 
-def repeats_complaint(text, complaint):
+def repeats_complaint(words, complaint):
     """Whether more than half of the words lie in word 5-grams that the complaint has as well. Never of a text
     under 5 words."""
     complaint_grams = set(_grams(complaint, 5))
     copied = set()  # positions of words
-    for i, gram in enumerate(_grams(text, 5)):
+    for i, gram in enumerate(_grams(words, 5)):
         if gram in complaint_grams:
             copied.update(range(i, i + 5))
-    return len(copied) > len(words(text)) / 2
+    return len(copied) > len(words) / 2
+
+
+def _grams(words, n):
+    return [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]

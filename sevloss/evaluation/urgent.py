@@ -8,7 +8,7 @@ data/sample.jsonl 35 are advice for the case that things get worse. It describes
 import re
 import unicodedata
 
-# The patterns are written in the spelling of _spelling: ا for أ إ آ, ي for ى ئ, و for ؤ, ه for ة, no ء, and a
+# The patterns are written as `urgent` spells texts: ا for أ إ آ, ي for ى ئ, و for ؤ, ه for ة, no ء, and a
 # full stop between spaces for punctuation. Up to three words may lie between a place and its haste.
 _PREFIX = "[وف]?(?:ال|لل|[بكعف]ال|[لبعف])?"
 _HOSPITAL = "(?:مستشفي|مشفي|سبيطار)"
@@ -53,12 +53,9 @@ def urgent(text):
     in other words are not seen. A hospital or a doctor alone is not enough: it takes haste, or the nearest
     hospital. Whether the advice is right, this cannot say.
     """
-    return any(not match["not"] for match in _EMERGENCY.finditer(_spelling(text)))
-
-
-def _spelling(text):
     letters = folded(text, "NFKD").translate(_SPELLING)  # NFKD: the hamza is a mark of its own
-    return " ".join(re.sub(r"[^\w\s]+|\n", " . ", letters).split())
+    spelt = " ".join(re.sub(r"[^\w\s]+|\n", " . ", letters).split())
+    return any(not match["not"] for match in _EMERGENCY.finditer(spelt))
 
 
 def folded(text, form="NFKC"):

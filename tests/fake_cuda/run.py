@@ -20,6 +20,7 @@ import traceback
 from collections import Counter
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -313,8 +314,9 @@ def decoding(temperature):
 
 def bertscore(model, compute, observer):
     texts = {"a": [1, 2, 3], "b": [1, 2, 3, 4], "c": [1, 5, 4, 6]}
-    scorer = Scorer(model, None, 2, compute)
-    scorer._encode = lambda strings: {text: texts[text] for text in strings}
+    def encode(strings, add_special_tokens):
+        return [SimpleNamespace(ids=texts[text]) for text in strings]
+    scorer = Scorer(model, SimpleNamespace(encode_batch_fast=encode), 2, compute)
     f1 = scorer.score(["a", "b", "c"], ["b", "b", "a"])[2]
     return dict(shape=list(f1.shape))
 
