@@ -233,7 +233,7 @@ def test_of_two_makers_at_once_the_second_waits(open_table, monkeypatch, tmp_pat
 
 def test_nothing_is_left_of_a_table_that_cannot_be_read(open_table, tmp_path):
     open_table.path.write_text(open_table.path.read_text(encoding="utf-8") + "{broken", encoding="utf-8")
-    with pytest.raises(InputError, match="line 121 is not JSON"):
+    with pytest.raises(InputError, match="line 121 cannot be used .JSONDecodeError"):
         open_table()
     assert not list(tmp_path.glob("encoded/*"))
 

@@ -669,7 +669,7 @@ REFUSED = [
     (finetune, "--data {table} --weighting 1,2", "or three numbers"),
     (finetune, "--data {nowhere}.csv", "no such file"),
     (finetune, "--data {columns}", "no column for the response; it has question, reply"),
-    (finetune, "--data {bare}", "no severity probabilities: give --classifier RUN, or --weighting none"),
+    (finetune, "--data {bare}", "has not all three severity probabilities: give --classifier RUN, or --weighting none"),
     (finetune, "--data {few}", "too few complaints"),
     (finetune, "--data {table} --columns complaint", "ROLE=COLUMN"),
     (finetune, "--data {table} --ckpt {nowhere}", "is neither a folder"),
