@@ -218,12 +218,12 @@ def test_of_two_makers_at_once_the_second_waits(open_table, monkeypatch, tmp_pat
     second = threading.Thread(target=open_table)
     made = []
 
-    def slower(*arguments):
+    def slower(*arguments, **how):
         made.append(arguments)
         second.start()
         second.join(0.2)
         assert second.is_alive()
-        return write(*arguments)
+        return write(*arguments, **how)
     monkeypatch.setattr(data, "_write_table", slower)
     encoded, _ = open_table()
     second.join(20)
@@ -318,7 +318,7 @@ def test_a_validation_table_of_its_own(write_table, rows, tiny, tmp_path, capsys
     def make():
         return data.encoded_table(
             train, tiny[1], reading=reading, encoding=dict(max_length=99, eos_id=0, preprocess="none"),
-            validation=dict(path=str(validation), needed=reading["needed"]), folder=tmp_path / "encoded")
+            validation_reading=dict(path=str(validation), needed=reading["needed"]), folder=tmp_path / "encoded")
     table = make()
     assert (len(table.train), len(table.validation), table.test_rows) == (55, 35, 0)
     assert f"5 rows are not trained on: their complaints are in {validation}" in capsys.readouterr().out

@@ -744,4 +744,4 @@ def test_folds_refuse_a_model_that_has_seen_the_rows(classifier, table, tmp_path
 def test_annotation_does_not_train_by_itself(table, tmp_path, capsys):
     """A run that was stopped, or a plain encoder, must not be replaced by a model of the embedded sample."""
     refusal(train_classifier, "--ckpt", tmp_path, "--annotate", table, "--to", tmp_path / "new.jsonl")
-    assert "is no finished run" in capsys.readouterr().err
+    assert "is no run of train_classifier.py" in capsys.readouterr().err

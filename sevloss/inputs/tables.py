@@ -52,6 +52,13 @@ def plain(name):
 
 # --- files -> rows ------------------------------------------------------------------------------------------
 
+def check_files(*paths):
+    """InputError unless these are files; None passes."""
+    for path in paths:
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"{path}: no such file")
+
+
 def read_rows(path, needed=(), columns=None):
     """(what was read, as a text; the header; an iterator over the rows that are not empty, of (number as an
     editor or spreadsheet shows it, texts)).
@@ -59,9 +66,8 @@ def read_rows(path, needed=(), columns=None):
     A file can be taken apart in several ways, by delimiters or by sheets: the first is taken whose header has
     the roles `needed`, else the first. InputError where the file cannot be read.
     """
+    check_files(path)
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; --data names another table")
     ending = path.suffix.lower()
     if ending in (".jsonl", ".json"):
         ways = [("", _json_lines(path))]
@@ -276,8 +282,6 @@ def find_columns(path, names, given, needed):
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     found = find_roles(names, given)
     for role, name in given.items():
-        if role not in COLUMN_NAMES:
-            raise InputError(f"--columns {role}=...: a role is one of {', '.join(COLUMN_NAMES)}")
         if role not in found:
             raise InputError(f"{path} has no column {name!r}; it has {shown}")
     for name, count in Counter(found.values()).most_common(1):
@@ -295,8 +299,9 @@ def parse_columns(words):
     columns = {}
     for word in words:
         role, _, name = word.partition("=")
-        if not name:
-            raise InputError(f"--columns takes ROLE=COLUMN, not {word!r}")
+        if not name or role not in COLUMN_NAMES:
+            raise InputError(f"--columns takes ROLE=COLUMN, not {word!r}; a role is one of "
+                             f"{', '.join(COLUMN_NAMES)}")
         columns[role] = name
     return columns
 
