@@ -88,9 +88,8 @@ def sample_pairs(pairs, size):
 def check_split_rule(stored, name):
     """InputError where `name`, a run, was made by another rule: its test rows may be training rows now."""
     if stored != SPLIT_RULE:
-        raise InputError(f"{name} was made with split rule {stored or 1}, this version has rule "
-                         f"{SPLIT_RULE}: rows would change sides between training and test; train it again, "
-                         "or use the version that made it")
+        raise InputError(f"{name} was made with split rule {stored or 1}, this version has {SPLIT_RULE}: rows "
+                         "would change sides; train it again, or use the version that made it")
 
 
 # --- has a table, a file or an argument changed? ------------------------------------------------------------
@@ -136,8 +135,7 @@ def choose_preprocess(choice, ckpt, raw_config):
         return stored
     names = f"{ckpt} {raw_config.get('_name_or_path', '')}".lower()
     if re.search(r"arabertv[12]\b", names):
-        print(f"{ckpt} was trained on text cut by the Farasa segmenter, which is not done here: arabertv02 "
-              "fits better")
+        print(f"{ckpt} needs text cut by the Farasa segmenter, which is not done here: take arabertv02")
     if str(ckpt) == "tiny" or "arabert" in names or "aragpt2" in names:
         return "arabert"
     return "none"

@@ -746,7 +746,7 @@ def test_vocabulary_without_merges(old_tokenizer):
 def test_sentencepiece(tmp_path, name, family):
     (tmp_path / name).write_bytes(b"\n\x0e\n\x05<unk>")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    with refused(f"{name} of a {family} is not read: get a tokenizer.json, which the package"):
+    with refused(f"{name} of a {family} is not read: get a tokenizer.json, which `transformers`"):
         load_tokenizer(tmp_path)
 
 

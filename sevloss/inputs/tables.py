@@ -77,8 +77,7 @@ def read_rows(path, needed=(), columns=None):
     elif ending == ".xlsx":
         ways = _sheets(path)
     else:
-        raise InputError(f"{path}: a table is one of .jsonl, .json, .csv, .tsv, .xlsx, not "
-                         f"{ending or 'a file without an ending'}")
+        raise InputError(f"{path}: a table is a .jsonl, .json, .csv, .tsv or .xlsx file")
     taken = None
     failure = InputError(f"{path} has no sheet that is not hidden")
     for name, lines in _reading(path, ways):
@@ -224,8 +223,7 @@ def _check_size(path):
                         places = enumerate(reversed(letters))
                         columns = max(columns, sum(26 ** place * (letter - 64) for place, letter in places))
             if columns * rows > MOST_CELLS:
-                raise InputError(f"{path}: {name} has {rows:,} rows and {columns:,} columns, most of them "
-                                 "empty: save what is needed as .csv")
+                raise InputError(f"{path}: {name} has {rows:,} rows and {columns:,} columns: save it as .csv")
 
 
 _QUOTE = re.compile("^'(?=[-=+@])")
@@ -281,16 +279,14 @@ def find_columns(path, names, given, needed):
     roles."""
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     found = find_roles(names, given)
-    for role, name in given.items():
-        if role not in found:
-            raise InputError(f"{path} has no column {name!r}; it has {shown}")
     for name, count in Counter(found.values()).most_common(1):
         if count > 1:
             raise InputError(f"{path}: --columns gives the column {name!r} two roles")
-    for role in needed:
+    for role in [*given, *needed]:
         if role not in found:
-            raise InputError(f"{path} has no column for the {role}; it has {shown}. "
-                             f"Name one: --columns {role}=COLUMN")
+            wanted = repr(given[role]) if role in given else f"for the {role}"
+            raise InputError(f"{path} has no column {wanted}; it has {shown}. Name one: --columns "
+                             f"{role}=COLUMN")
     return found
 
 
@@ -337,8 +333,7 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     if not found.keys() >= set(PROBABILITIES):
         if probabilities == "required" or columns.keys() & set(PROBABILITIES):
             raise InputError(f"{source} has not all three severity probabilities: give --classifier RUN, or "
-                             "--weighting none, or name their columns: --columns "
-                             f"{'=COLUMN '.join(PROBABILITIES)}=COLUMN")
+                             f"--weighting none, or --columns {'=COLUMN '.join(PROBABILITIES)}=COLUMN")
         found = {role: name for role, name in found.items() if role not in PROBABILITIES}
     print(f"{source}: " + ", ".join(f"{role} = {name!r}" for role, name in found.items()))
     required = [*needed] if probabilities == "optional" else [*needed, *PROBABILITIES]

@@ -31,9 +31,8 @@ def from_vocabulary(ckpt, path) -> Tokenizer:
     if path.name == "vocab.txt":
         family = "bert"
     if family not in DEFAULT_TOKENS or not path.name.startswith("vocab."):
-        raise InputError(f"{path} of a {family} is not read: get a tokenizer.json, which the package "
-                         "`transformers` makes of it with "
-                         "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+        raise InputError(f"{path} of a {family} is not read: get a tokenizer.json, which `transformers` "
+                         "makes with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
 
     # Special tokens, and those added later: {id: token}
     config = hub.read_optional(ckpt, "tokenizer_config.json")
