@@ -88,8 +88,8 @@ def sample_pairs(pairs, size):
 def check_split_rule(stored, name):
     """InputError where `name`, a run, was made by another rule: its test rows may be training rows now."""
     if stored != SPLIT_RULE:
-        raise InputError(f"{name} was made with split rule {stored or 1}, this version has {SPLIT_RULE}: rows "
-                         "would change sides; train it again, or use the version that made it")
+        raise InputError(f"{name} was made with split rule {stored or 1}, this version has {SPLIT_RULE}: its "
+                         "rows would change sides; train it again, or use the version that made it")
 
 
 # --- has a table, a file or an argument changed? ------------------------------------------------------------
@@ -349,8 +349,8 @@ def _write_table(folder, table, tokenizer, *, reading, encoding, supervise="resp
     step.
     """
     encode_training = encode_published if supervise == "row" else encode_pairs
-    validation = tables.read_pairs(**validation_reading) if validation_reading else []
-    validation_ids = {complaint_id(pair.complaint) for pair in validation}
+    validation_pairs = tables.read_pairs(**validation_reading) if validation_reading else []
+    validation_ids = {complaint_id(pair.complaint) for pair in validation_pairs}
     fingerprint = Fingerprint()
     trained = 0
     shared = 0
@@ -365,25 +365,25 @@ def _write_table(folder, table, tokenizer, *, reading, encoding, supervise="resp
         else:
             sides = split_pairs(part)
             train = sides["train"]
-            validation += sides["validation"]
+            validation_pairs += sides["validation"]
             test_rows += len(sides["test"])
-        validation = sample_pairs(validation, validation_rows)
+        validation_pairs = sample_pairs(validation_pairs, validation_rows)
         if train_rows:
             train = train[:train_rows - trained]
         examples, part_cuts = encode_training(train, tokenizer, **encoding)
         _append_examples(folder / "train", examples)
         trained += len(train)
         cuts += part_cuts
-    if not trained or not validation:
+    if not trained or not validation_pairs:
         raise InputError(f"{table} has too few complaints to train and validate on")
     if cuts["empty"] == trained:
         raise InputError(f"{table}: preprocessing leaves nothing of any response: use --preprocess none")
     if validation_reading:
         print(f"  {shared:,} rows are not trained on: their complaints are in {validation_reading['path']}")
-        fingerprint.add(validation)
-    examples, part_cuts = encode_pairs(validation, tokenizer, **encoding)
+        fingerprint.add(validation_pairs)
+    examples, part_cuts = encode_pairs(validation_pairs, tokenizer, **encoding)
     _append_examples(folder / "validation", examples)
-    if line := describe_cuts(cuts + part_cuts, trained + len(validation), encoding["max_length"]):
+    if line := describe_cuts(cuts + part_cuts, trained + len(validation_pairs), encoding["max_length"]):
         print(line)
     return {"fingerprint": str(fingerprint), "test_rows": test_rows}
 

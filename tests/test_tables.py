@@ -347,6 +347,8 @@ def test_a_merged_cell_is_the_value_of_all_its_rows(tmp_path):
             [None, None, "د"], [None, None, "ه"]]
     write_workbook(tmp_path / "table.xlsx", ("a", "visible", rows, ["B2:B3", "B4:B5"]))
     assert [p.severity for p in read(tmp_path / "table.xlsx", ("complaint",))] == [1, 1, 2, 2, None]
+    write_workbook(tmp_path / "table.xlsx", ("a", "visible", rows, ["A2:A6", "Z2:Z6"]))  # outside of what is used
+    assert [p.complaint for p in read(tmp_path / "table.xlsx", ("complaint",))] == ["أ", "ب", "ج", "د", "ه"]
 
 
 # ------------------------------------------------------------------ sizes
