@@ -51,20 +51,15 @@ def _reason(error):
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {first_line}"
 
 
-def printable(text):
-    """The text on one line, without characters that steer a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
 def check_positive(args, *names, or_zero=()):
-    """InputError unless the arguments `names` are above 0, and those of `or_zero` at least 0. None passes;
-    nothing beyond 64 bits does."""
+    """InputError unless the arguments `names`, numbers or lists of them, are above 0, and those of `or_zero`
+    at least 0. None passes; nothing beyond 64 bits does."""
     for name in (*names, *or_zero):
-        value = getattr(args, name)
-        if value is None or 0 < value < 2 ** 63 or value == 0 and name in or_zero:
-            continue
+        given = getattr(args, name)
         wanted = "at least 0" if name in or_zero else "positive"  # NaN and infinity are neither
-        raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+        for value in given if isinstance(given, list) else [given]:
+            if not (value is None or 0 < value < 2 ** 63 or value == 0 and name in or_zero):
+                raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
 def is_rank_0():
@@ -137,7 +132,7 @@ def lock(path, wait=False):
                              "give another folder") from None
         except OSError:
             pass
-        held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        held = os.fstat(file.fileno()).st_nlink > 0
     try:
         yield
     finally:
@@ -189,7 +184,9 @@ def report_errors(main):
             return main()
         except (InputError, OSError) as error:
             named = getattr(error, "filename", None)
-            line = f"error: {printable(f'{named}: {error.strerror}' if named else str(error))}"
+            message = f"{named}: {error.strerror}" if named else str(error)
+            # one line, and nothing in it that steers a terminal
+            line = "error: " + "".join(c if c.isprintable() else " " for c in message)
         except KeyboardInterrupt as stopped:
             line = f"\nstopped; {str(stopped) or 'what was saved before stays'}"
         except (MemoryError, RuntimeError) as error:

@@ -41,28 +41,23 @@ def from_vocabulary(ckpt, path) -> Tokenizer:
     else:
         config |= hub.read_optional(ckpt, "special_tokens_map.json")
         added = {i: _token(word) for word, i in hub.read_optional(ckpt, "added_tokens.json").items()}
-    special = {}
-    for name in SPECIAL:
-        value = config.get(name, DEFAULT_TOKENS[family].get(name))
-        if value:
-            special[name] = _token(value, special=True)
+    values = {name: config.get(name, DEFAULT_TOKENS[family].get(name)) for name in SPECIAL}
+    special = {name: _token(value, special=True) for name, value in values.items() if value}
     special_words = {token.content for token in special.values()}
     for token in added.values():
         token.special |= token.content in special_words
 
-    # The vocabulary, then these tokens: each once, those with an id of their own first
+    # The vocabulary, then these tokens, those with an id of their own first; one that is there is not added
     if family == "bert":
         tokenizer = _wordpiece(path, config, special)
     else:
         tokenizer = _byte_level_bpe(ckpt, path, config, family)
-    tokens = {added[i].content: added[i] for i in sorted(added)}
-    for name, token in special.items():  # a default only where the vocabulary has it
-        if name in config or tokenizer.token_to_id(token.content) is not None:
-            tokens.setdefault(token.content, token)
-    for value in config.get("additional_special_tokens") or ():
-        token = _token(value, special=True)
-        tokens.setdefault(token.content, token)
-    tokenizer.add_tokens(list(tokens.values()))
+    tokenizer.add_tokens([added[i] for i in sorted(added)])
+    for name, token in special.items():
+        if name in config or tokenizer.token_to_id(token.content) is not None:  # a default: if it is there
+            tokenizer.add_tokens([token])
+    tokenizer.add_tokens([_token(value, special=True)
+                          for value in config.get("additional_special_tokens") or ()])
     for i, token in added.items():
         given = tokenizer.token_to_id(token.content)
         if given != i:
