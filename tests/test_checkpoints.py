@@ -706,6 +706,13 @@ def test_end_of_text_is_one_id(old_tokenizer):
     assert tokenizer.get_vocab_size() == len(json.loads(vocabulary))
 
 
+def test_a_token_that_is_named_twice_keeps_its_flags(old_tokenizer):
+    i = OLD_TOKENIZERS["vocabularies"]["vocab.txt"].split("\n").index("[MASK]")
+    config = {"mask_token": "[MASK]", "added_tokens_decoder": {i: {"content": "[MASK]", "lstrip": True}}}
+    tokenizer = load_tokenizer(old_tokenizer("bert, nothing said", {"tokenizer_config.json": config}))
+    assert tokenizer.get_added_tokens_decoder()[i].lstrip
+
+
 def test_tokens_of_arabert_stay_whole(old_tokenizer):
     """Also where no space stands around them; not where letters follow."""
     tokenizer = load_tokenizer(old_tokenizer("arabertv2"))

@@ -47,17 +47,20 @@ def from_vocabulary(ckpt, path) -> Tokenizer:
     for token in added.values():
         token.special |= token.content in special_words
 
-    # The vocabulary, then these tokens, those with an id of their own first; one that is there is not added
+    # The vocabulary, then these tokens: each once, those with an id of their own first
     if family == "bert":
         tokenizer = _wordpiece(path, config, special)
     else:
         tokenizer = _byte_level_bpe(ckpt, path, config, family)
-    tokenizer.add_tokens([added[i] for i in sorted(added)])
-    for name, token in special.items():
-        if name in config or tokenizer.token_to_id(token.content) is not None:  # a default: if it is there
-            tokenizer.add_tokens([token])
-    tokenizer.add_tokens([_token(value, special=True)
-                          for value in config.get("additional_special_tokens") or ()])
+    tokens = [added[i] for i in sorted(added)]
+    for name, token in special.items():  # a default only where the vocabulary has it
+        if name in config or tokenizer.token_to_id(token.content) is not None:
+            tokens.append(token)
+    tokens += [_token(value, special=True) for value in config.get("additional_special_tokens") or ()]
+    once = {}
+    for token in tokens:
+        once.setdefault(token.content, token)
+    tokenizer.add_tokens(list(once.values()))
     for i, token in added.items():
         given = tokenizer.token_to_id(token.content)
         if given != i:
