@@ -234,7 +234,8 @@ def quote_formula(cell):
     return f"'{cell}" if re.match(r"[-=+@](?!\.?\d[\d.]*$)", str(cell)) else cell
 
 
-# Control characters but for tab and line feed, and the half characters that a .jsonl may hold
+_LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85]")
+# The other control characters but for tab and line feed, and the half characters that a .jsonl may hold
 _DROPPED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -257,7 +258,7 @@ def clean(text):
     """Each line break as a line feed; no other control characters but the tab."""
     if text.isprintable():  # most are, and finding that out is cheaper
         return text
-    return _DROPPED.sub("", "\n".join(text.splitlines()))
+    return _DROPPED.sub("", _LINE_BREAK.sub("\n", text))
 
 
 # --- which column has which role ----------------------------------------------------------------------------
