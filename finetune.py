@@ -113,6 +113,7 @@ def parse_arguments():
     check_positive(args, "epochs", "max_steps", "max_length", "lr", "batch_size", "clip", "micro_tokens",
                    "save_every", "lora", "lora_alpha", "train_rows",
                    or_zero=("warmup", "weight_decay", "seed", "lora_dropout"))
+    tables.check_files(args.data, args.validation)
     if args.warmup > 1:
         raise InputError(f"--warmup is a share of the steps, at most 1, not {args.warmup}")
     if tiny and recipe == "paper":
@@ -143,7 +144,6 @@ def make_model(args, compute, table, reading):
             texts.append(data.prepare(pair.response, preprocess))
         model, tokenizer = tiny_gpt2(texts)
     else:
-        data.file_fingerprint(table)  # refuses a table that is not there, before a large model is loaded
         # A frozen base is held in the dtype it is computed in: autocast would cast it anew at every use.
         # Shards have one dtype and are cast when they are gathered.
         dtype = compute.dtype if args.lora and not args.shard else torch.float32
@@ -262,12 +262,11 @@ def train(args, run):
         probabilities = "optional"
         print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not used")
     reading = dict(needed=("complaint", "response"), probabilities=probabilities, columns=columns)
-    validation = None
+    validation_reading = None
     if args.validation:
-        data.file_fingerprint(args.validation)  # refuses one that is not there, before anything is computed
         columns_there = tables.parse_columns(args.columns)  # of which it needs no probabilities
         columns_there = {role: columns_there[role] for role in reading["needed"] if role in columns_there}
-        validation = dict(path=args.validation, needed=reading["needed"], columns=columns_there)
+        validation_reading = dict(path=args.validation, needed=reading["needed"], columns=columns_there)
 
     # ---- model and tokenizer; seeded here: runs that differ only in their weights start from the same model
     device.seed_everything(args.seed)
@@ -279,7 +278,7 @@ def train(args, run):
     with distributed.rank_0_first():
         encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
                                      supervise=args.supervise, train_rows=args.train_rows,
-                                     validation=validation)
+                                     validation_reading=validation_reading)
     examples = encoded.train
     print(f"{len(examples):,} pairs to train on, {len(encoded.validation):,} to validate on, "
           f"{encoded.test_rows:,} kept for evaluate.py")

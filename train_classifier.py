@@ -72,13 +72,12 @@ def parse_arguments():
     if args.lr is None:
         args.lr = 1e-3 if args.ckpt == "tiny" else 3e-5
     check_positive(args, "max_length", "epochs", "lr", "batch_size",
-                   or_zero=("patience", "weight_decay", "label_smoothing"))
+                   or_zero=("patience", "weight_decay", "label_smoothing", "seed", "folds"))
+    tables.check_files(args.data, args.annotate)
     if bool(args.annotate) != bool(args.to):
         raise InputError("--annotate TABLE and --to FILE belong together")
-    if args.folds == 1 or args.folds < 0:
+    if args.folds == 1:
         raise InputError("--folds takes 2 or more")
-    if not all(0 <= seed < 2 ** 63 for seed in args.seed):
-        raise InputError(f"--seed must be at least 0 and below 2 ** 63, not {args.seed}")
     if args.max_length < 8 or args.label_smoothing >= 1:
         raise InputError("--max-length must be at least 8, --label-smoothing less than 1")
     return args
@@ -86,18 +85,21 @@ def parse_arguments():
 
 # --- model and data -----------------------------------------------------------------------------------------
 
-def make_model(args, texts, seed):
-    """(model with a head for the classes, tokenizer). tiny: new, with a vocabulary of `texts`."""
+def make_model(args, complaints, seed):
+    """(model with a head for the classes, tokenizer). tiny: new, its vocabulary made of the complaints."""
     device.seed_everything(seed)
     if args.ckpt == "tiny":
-        model, tokenizer = tiny_bert(texts, num_labels=3)
+        preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
+        model, tokenizer = tiny_bert([data.prepare(c, preprocess) for c in complaints], num_labels=3)
     else:
         model = load_model(args.ckpt, num_labels=3)
         tokenizer = load_tokenizer(args.ckpt)
+        preprocess = data.choose_preprocess(args.preprocess, args.ckpt, model.raw_config)
     if not hasattr(model, "classify"):
         raise InputError(f"{args.ckpt} is a language model, not an encoder such as BERT")
     model.raw_config["id2label"] = {str(i): name for i, name in enumerate(CLASSES)}
     model.raw_config["label2id"] = {name: i for i, name in enumerate(CLASSES)}
+    model.raw_config["sevloss"] = {"preprocess": preprocess}
     return model, tokenizer
 
 
@@ -118,9 +120,10 @@ def labels_of(pairs):
     return torch.tensor([pair.severity for pair in pairs])
 
 
-def encode(model, tokenizer, complaints, args, preprocess):
-    return annotate.encode_complaints(tokenizer, complaints, preprocess=preprocess,
-                                      max_length=min(args.max_length, model.config.context))
+def encode(args, model, tokenizer, complaints):
+    """(id lists, how many were cut)"""
+    return data.encode_and_cut(tokenizer, complaints, min(args.max_length, model.config.context),
+                               model.raw_config["sevloss"]["preprocess"])
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -133,27 +136,25 @@ class Fitted:
     temperature: float  # fitted on them
 
 
-def fit(args, compute, train, validation, preprocess, seed, *, name, log=None):
+def fit(args, compute, train, validation, seed, *, name, log=None):
     """Trains on the pairs `train` and keeps the epoch with the lowest NLL on the pairs `validation`: Fitted.
 
     name: of the progress bar; log: a file that gets a line of JSON per optimizer step.
     """
     # ---- model and data
     complaints, targets = soft_targets(train)
-    model, tokenizer = make_model(args, [data.prepare(c, preprocess) for c in complaints], seed)
+    model, tokenizer = make_model(args, complaints, seed)
     model.to(compute.device)
-    train_ids, train_cut = encode(model, tokenizer, complaints, args, preprocess)
-    validation_ids, validation_cut = encode(model, tokenizer, [p.complaint for p in validation], args,
-                                            preprocess)
+    train_ids, train_cut = encode(args, model, tokenizer, complaints)
+    validation_ids, validation_cut = encode(args, model, tokenizer, [pair.complaint for pair in validation])
     validation_labels = labels_of(validation)
     train_lengths = np.array([len(ids) for ids in train_ids])
     if train_cut + validation_cut:
         print(f"  {train_cut + validation_cut:,} of {len(train_ids) + len(validation_ids):,} complaints "
               f"were cut to fit {min(args.max_length, model.config.context)} tokens")
-    class_weights = torch.ones(3)
+    class_weights = None
     if args.class_balanced:
-        class_weights = targets.mean(0).clamp(min=1e-6).reciprocal() / 3
-    class_weights = class_weights.to(compute.device)
+        class_weights = (targets.mean(0).clamp(min=1e-6).reciprocal() / 3).to(compute.device)
 
     # ---- optimizer
     optimizer = adamw(model, args.lr, args.weight_decay)
@@ -250,34 +251,35 @@ def baselines(train, validation, scored):
 
 # --- out of fold --------------------------------------------------------------------------------------------
 
-def make_folds(pairs, folds):
+def make_folds(pairs, count):
     """A list of (train, validation, scored), by complaint, so that none stands on two sides."""
-    parts = []
-    for fold in range(folds):
+    folds = []
+    for fold in range(count):
         train = []
         validation = []
         scored = []
         for pair in pairs:
-            if int(data.hash_fraction(pair.complaint, "fold") * folds) == fold:
+            if int(data.hash_fraction(pair.complaint, "fold") * count) == fold:
                 scored.append(pair)
             elif data.hash_fraction(pair.complaint, "inner") < 0.125:
                 validation.append(pair)
             else:
                 train.append(pair)
         if not (scored and train and validation):
-            raise InputError(f"--folds {folds} leaves a fold of {len(pairs)} rows empty: use fewer")
-        parts.append((train, validation, scored))
-    return parts
+            raise InputError(f"--folds {count} leaves a fold of {len(pairs)} rows empty: use fewer")
+        folds.append((train, validation, scored))
+    return folds
 
 
-def out_of_fold(args, compute, pairs, preprocess):
-    """`pairs` by fold, and {name: logits} of models that have not seen them, baselines too."""
+def out_of_fold(args, compute, folds):
+    """The pairs in the order of the folds, and {name: logits} of models that have not seen them, baselines
+    too."""
     ordered = []
     parts = defaultdict(list)
-    for fold, (train, validation, scored) in enumerate(make_folds(pairs, args.folds)):
-        name = f"fold {fold + 1}/{args.folds}"
-        fitted = fit(args, compute, train, validation, preprocess, args.seed[0], name=name)
-        ids, _ = encode(fitted.model, fitted.tokenizer, [pair.complaint for pair in scored], args, preprocess)
+    for fold, (train, validation, scored) in enumerate(folds, 1):
+        name = f"fold {fold}/{len(folds)}"
+        fitted = fit(args, compute, train, validation, args.seed[0], name=name)
+        ids, _ = encode(args, fitted.model, fitted.tokenizer, [pair.complaint for pair in scored])
         logits = annotate.class_logits(fitted.model, ids, compute)
         parts[args.ckpt].append(logits)
         parts[f"{args.ckpt}, calibrated"].append(logits / fitted.temperature)
@@ -293,14 +295,10 @@ def out_of_fold(args, compute, pairs, preprocess):
 def main():
     args = parse_arguments()
     args.device = distributed.start(args.device)
-    annotate_only = bool(args.annotate) and not args.data
+    annotate_only = args.annotate and not args.data
     if args.annotate:  # what would fail should fail before hours of training
         with lock(f"{args.to}.lock"):  # removes that of a stop after the last step
             annotate.check_target(args.to)
-        data.file_fingerprint(args.annotate)
-    if annotate_only and not (Path(args.ckpt) / "classifier.json").is_file():
-        raise InputError(f"{args.ckpt} is no finished run of this script, so it cannot annotate: give one, "
-                         "or --data to train one first")
     compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny",
                             deterministic=args.deterministic)
     print(compute)
@@ -310,9 +308,8 @@ def main():
             train_and_save(args, compute, run)
         distributed.wait_for_all()  # until rank 0 has written it
     if args.annotate:
-        classifier = annotate.Classifier.load(run, compute)
         columns = tables.parse_columns(args.columns) if annotate_only else {}
-        annotate.annotate_table(classifier, args.annotate, args.to, columns, compute)
+        annotate.annotate_table(annotate.Classifier(run, compute), args.annotate, args.to, columns)
 
 
 def train_and_save(args, compute, run):
@@ -335,17 +332,16 @@ def train_and_save(args, compute, run):
     # ---- what would fail should fail before anything is written
     known = {data.complaint_id(pair.complaint) for pair in train + validation}
     trained_on = set()
-    if (Path(args.ckpt) / "classifier.json").is_file():
-        path = Path(args.ckpt) / "classifier.json"
+    path = Path(args.ckpt) / "classifier.json"
+    if path.is_file():
         with interpreting(path, "train it again"):
             trained_on = set(hub.read_json(path)["trained_on"])
-    if args.folds:
-        make_folds(train + validation, args.folds)
-        if trained_on & known:
-            raise InputError(f"{args.ckpt} was trained on these complaints: --folds would score what it has "
-                             "seen; use another --ckpt")
+    if args.folds and trained_on & known:
+        raise InputError(f"{args.ckpt} was trained on these complaints: --folds would score what it has "
+                         "seen; use another --ckpt")
+    folds = make_folds(train + validation, args.folds)
     model, _ = make_model(args, [pair.complaint for pair in train], args.seed[0])
-    preprocess = data.choose_preprocess(args.preprocess, args.ckpt, model.raw_config)
+    preprocess = model.raw_config["sevloss"]["preprocess"]
     print(f"{args.ckpt}: preprocessing {preprocess}")
     checkpoint.write_run_json(
         run, "train_classifier.py", vars(args), preprocess=preprocess, max_length=args.max_length,
@@ -358,12 +354,11 @@ def train_and_save(args, compute, run):
     log = run / "metrics.jsonl"
     checkpoint.write_lines(log, [])
     for seed in args.seed:
-        fitted = fit(args, compute, train, validation, preprocess, seed, name=f"seed {seed}", log=log)
+        fitted = fit(args, compute, train, validation, seed, name=f"seed {seed}", log=log)
         scores_by_seed[seed] = scores(fitted.logits / fitted.temperature, labels_of(validation))
         if scores_by_seed[seed]["nll"] < best_nll:
             best = fitted
             best_nll = scores_by_seed[seed]["nll"]
-    best.model.raw_config["sevloss"] = {"preprocess": preprocess}
     save_model(best.model, best.tokenizer, run)
     if len(args.seed) > 1:
         print_seeds(scores_by_seed)
@@ -371,33 +366,31 @@ def train_and_save(args, compute, run):
     # ---- scores: out of fold where asked for, else on the validation rows that also chose the epoch and
     # temperature
     if args.folds:
-        scored, logits = out_of_fold(args, compute, train + validation, preprocess)
+        scored, logits = out_of_fold(args, compute, folds)
+        out_of_fold_ids = [data.complaint_id(pair.complaint) for pair in scored]
         basis = (f"{len(scored):,} rows, each scored by a model that has not seen its complaint "
                  f"({args.folds} folds).")
     else:
         scored = validation
+        out_of_fold_ids = []
         logits = {args.ckpt: best.logits, f"{args.ckpt}, calibrated": best.logits / best.temperature}
         logits |= baselines(train, validation, validation)
         basis = (f"{len(scored):,} validation rows, which also chose the epoch and the temperature: --folds "
                  "5 gives honest figures.")
     labels = labels_of(scored)
-    calibrated = logits[f"{args.ckpt}, calibrated"]
+    probabilities = logits[f"{args.ckpt}, calibrated"].softmax(-1)
 
     # ---- the run folder: classifier.json makes it complete
-    out_of_fold_probabilities = {}
-    if args.folds:
-        ids = [data.complaint_id(pair.complaint) for pair in scored]
-        out_of_fold_probabilities = dict(zip(ids, calibrated.softmax(-1).tolist()))
     report.write_classifier_report(run, scored, logits, encoder=args.ckpt, basis=basis)
     checkpoint.write_json(run / "classifier.json", {
         "temperature": best.temperature, "scores": {name: scores(z, labels) for name, z in logits.items()},
         "seeds": {str(seed): seed_scores for seed, seed_scores in scores_by_seed.items()},
-        "out_of_fold": out_of_fold_probabilities, "trained_on": sorted(trained_on | known),
-        "split_rule": data.SPLIT_RULE})
+        "out_of_fold": dict(zip(out_of_fold_ids, probabilities.tolist())),
+        "trained_on": sorted(trained_on | known), "split_rule": data.SPLIT_RULE})
     print(f"\n{basis}\n")
     print(terminal.table(["model", *report.SCORE_NAMES.values()], report.score_rows(logits, labels)))
-    confusion = confusion_matrix(calibrated.argmax(-1), labels).tolist()
-    for warning in report.warnings(calibrated.softmax(-1), labels):
+    confusion = confusion_matrix(probabilities.argmax(-1), labels).tolist()
+    for warning in report.warnings(probabilities, labels):
         print(f"  warning: {warning}")
     print("\nconfusion (rows: true class, columns: predicted)")
     print(terminal.table(["", *CLASSES], [[name, *row] for name, row in zip(CLASSES, confusion)]))

@@ -15,7 +15,7 @@ import tempfile
 import torch
 from turns import DTYPE, add_size_arguments, bert_config, machine, need, print_row, ratio, size_of, take_turns
 
-from sevloss import device
+from sevloss import data, device
 from sevloss.classifier import annotate
 from sevloss.inputs import tables
 from sevloss.models import from_scratch, load_model, save_model
@@ -52,7 +52,7 @@ def main():
     complaints = [pair.complaint for pair in pairs]
     config = bert_config(**size_of(args)) | {"num_labels": 3}
     _, tokenizer = tiny_bert(complaints, num_labels=3, vocab_size=min(20_000, config["vocab_size"]))
-    ids, _ = annotate.encode_complaints(tokenizer, complaints, preprocess="none", max_length=512)
+    ids, _ = data.encode_and_cut(tokenizer, complaints, 512)
     compute = device.choose("cpu", args.dtype)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

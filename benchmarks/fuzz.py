@@ -137,7 +137,7 @@ def read_model(folder):
 
 def read_classifier(folder):
     compute = device.choose("cpu", "fp32", small=True)
-    annotate.Classifier.load(folder, compute).probabilities(TEXTS, compute)
+    annotate.Classifier(folder, compute).probabilities(TEXTS)
 
 
 def read_tables(folder):

@@ -26,34 +26,40 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def interpreting(path, advice="correct it or get it again"):
+def interpreting(path, advice="correct it or get it again", wanted="used"):
     """Around code that interprets a file which someone else may have written: whatever goes wrong there
     becomes an InputError that names the file and says what to do."""
     try:
         yield
     except InputError:
         raise
-    except BaseException as error:  # what wrong types and shapes raise has no common class
+    except BaseException as error:  # what wrong types and shapes, or native code, raise has no common class
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
             raise
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
-        raise InputError(f"{path} cannot be used ({type(error).__name__}: {reason}); {advice}") from error
+        raise InputError(f"{path} cannot be {wanted} ({_reason(error)}); {advice}") from error
 
 
-def printable(text):
-    """The text on one line, without characters that steer a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def writing(path):
+    """The same around code that writes a file."""
+    return interpreting(path, "what was saved before stays", wanted="written")
+
+
+def _reason(error):
+    if isinstance(error.__context__, OSError):
+        error = error.__context__
+    first_line = str(error).strip().partition("\n")[0][:300]
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {first_line}"
 
 
 def check_positive(args, *names, or_zero=()):
-    """InputError unless the arguments `names` are above 0, and those of `or_zero` at least 0. None passes;
-    nothing beyond 64 bits does."""
+    """InputError unless the arguments `names`, numbers or lists of them, are above 0, and those of `or_zero`
+    at least 0. None passes; nothing beyond 64 bits does."""
     for name in (*names, *or_zero):
-        value = getattr(args, name)
-        if value is None or 0 < value < 2 ** 63 or value == 0 and name in or_zero:
-            continue
+        given = getattr(args, name)
         wanted = "at least 0" if name in or_zero else "positive"  # NaN and infinity are neither
-        raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+        for value in given if isinstance(given, list) else [given]:
+            if not (value is None or 0 < value < 2 ** 63 or value == 0 and name in or_zero):
+                raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
 def is_rank_0():
@@ -73,7 +79,8 @@ def write_atomically(path, write, size=0):
     with writing(path):
         free = shutil.disk_usage(path.parent).free
         if size > free:
-            raise OSError(f"it needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+            raise InputError(f"{path} cannot be written: it needs {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB "
+                             "are free; what was saved before stays")
         try:
             temporary.unlink(missing_ok=True)
             temporary.touch()
@@ -94,22 +101,6 @@ def write_text(path, text):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1))
-
-
-@contextlib.contextmanager
-def writing(path):
-    """What goes wrong while `path` is written is one line that names it; native code has no common error."""
-    try:
-        yield
-    except Exception as error:
-        reason = _reason(error)
-        raise InputError(f"{path} cannot be written: {reason}; what was saved before stays") from error
-
-
-def _reason(error):  # apart: a name for it in the frame above would keep the frames alive, and a progress bar
-    if isinstance(error.__context__, OSError):
-        error = error.__context__
-    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
 def flush_to_disk(path):
@@ -141,7 +132,7 @@ def lock(path, wait=False):
                              "give another folder") from None
         except OSError:
             pass
-        held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        held = os.fstat(file.fileno()).st_nlink > 0
     try:
         yield
     finally:
@@ -193,7 +184,9 @@ def report_errors(main):
             return main()
         except (InputError, OSError) as error:
             named = getattr(error, "filename", None)
-            line = f"error: {printable(f'{named}: {error.strerror}' if named else str(error))}"
+            message = f"{named}: {error.strerror}" if named else str(error)
+            # one line, and nothing in it that steers a terminal
+            line = "error: " + "".join(c if c.isprintable() else " " for c in message)
         except KeyboardInterrupt as stopped:
             line = f"\nstopped; {str(stopped) or 'what was saved before stays'}"
         except (MemoryError, RuntimeError) as error:

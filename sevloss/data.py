@@ -93,9 +93,8 @@ def sample_pairs(pairs, size):
 def check_split_rule(stored, name):
     """InputError where `name`, a run, was made by another rule: its test rows may be training rows now."""
     if stored != SPLIT_RULE:
-        raise InputError(f"{name} was made with split rule {stored or 1}, this version has rule "
-                         f"{SPLIT_RULE}: rows would change sides between training and test; train it again, "
-                         "or use the version that made it")
+        raise InputError(f"{name} was made with split rule {stored or 1}, this version has {SPLIT_RULE}: its "
+                         "rows would change sides; train it again, or use the version that made it")
 
 
 # --- has a table, a file or an argument changed? ------------------------------------------------------------
@@ -105,12 +104,12 @@ class Fingerprint:
 
     def __init__(self, pairs=()):
         self.hash = hashlib.blake2b(digest_size=8)
-        for pair in pairs:
-            self.add(pair)
+        self.add(pairs)
 
-    def add(self, pair):
-        sizes_and_labels = len(pair.complaint), len(pair.response), pair.severity, pair.probabilities
-        self.hash.update(f"{sizes_and_labels}{pair.complaint}{pair.response}".encode())
+    def add(self, pairs):
+        for pair in pairs:
+            sizes_and_labels = len(pair.complaint), len(pair.response), pair.severity, pair.probabilities
+            self.hash.update(f"{sizes_and_labels}{pair.complaint}{pair.response}".encode())
 
     def __str__(self):
         return self.hash.hexdigest()
@@ -118,8 +117,6 @@ class Fingerprint:
 
 def file_fingerprint(path):
     """[name, size, time of change]: changes when the file does."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
     status = os.stat(path)
     return [Path(path).name, status.st_size, status.st_mtime_ns]
 
@@ -143,8 +140,7 @@ def choose_preprocess(choice, ckpt, raw_config):
         return stored
     names = f"{ckpt} {raw_config.get('_name_or_path', '')}".lower()
     if re.search(r"arabertv[12]\b", names):
-        print(f"{ckpt} was trained on text cut by the Farasa segmenter, which is not done here: arabertv02 "
-              "fits better")
+        print(f"{ckpt} needs text cut by the Farasa segmenter, which is not done here: take arabertv02")
     if str(ckpt) == "tiny" or "arabert" in names or "aragpt2" in names:
         return "arabert"
     return "none"
@@ -172,9 +168,9 @@ def encode_from_start(tokenizer, texts):
     return [before + ids for ids in encode(tokenizer, texts, special=False)]
 
 
-def encode_and_cut(tokenizer, texts, max_length):
+def encode_and_cut(tokenizer, texts, max_length, preprocess="none"):
     """(id lists with [CLS] and [SEP], how many were cut): what is too long loses its end, not its [SEP]."""
-    ids = encode(tokenizer, texts, special=True)
+    ids = encode(tokenizer, [prepare(text, preprocess) for text in texts], special=True)
     cut = 0
     for i, text_ids in enumerate(ids):
         if len(text_ids) > max_length:
@@ -192,17 +188,16 @@ def encode_prompts(tokenizer, complaints, max_lengths, prompt=PROMPT):
         max_lengths = [max_lengths] * len(complaints)
     ids = encode_from_start(tokenizer, [prompt.format(complaint=complaint) for complaint in complaints])
     cut = 0
-    for i, max_length in enumerate(max_lengths):
-        cut_here = len(ids[i]) > max_length
-        cut += cut_here
-        offsets = tokenizer.encode(complaints[i], add_special_tokens=False).offsets if cut_here else ()
-        kept_tokens = len(offsets)
+    for i, (complaint, max_length) in enumerate(zip(complaints, max_lengths)):
+        if len(ids[i]) <= max_length:
+            continue
+        cut += 1
+        ends = [end for _, end in tokenizer.encode(complaint, add_special_tokens=False).offsets]
         while len(ids[i]) > max_length:  # once, as a rule: the end of what is left may encode to a token more
-            kept_tokens -= len(ids[i]) - max_length
-            if kept_tokens < 1:
+            del ends[max_length - len(ids[i]):]
+            if not ends:
                 raise InputError(f"{max_length} tokens are too few for a prompt: raise --max-length")
-            end = offsets[kept_tokens - 1][1]
-            ids[i], = encode_from_start(tokenizer, [prompt.format(complaint=complaints[i][:end])])
+            ids[i], = encode_from_start(tokenizer, [prompt.format(complaint=complaint[:ends[-1]])])
     return ids, cut
 
 
@@ -304,36 +299,32 @@ class EncodedTable:
     test_rows: int  # how many are kept for evaluate.py
 
 
-def encoded_table(table, tokenizer, *, reading, encoding, supervise="response", train_rows=None,
-                  validation=None, validation_rows=1000, folder="runs/encoded"):
+def encoded_table(table, tokenizer, *, folder="runs/encoded", **how):
     """The EncodedTable of a table, from a folder of flat files; they are made first where there are none.
 
-    reading: arguments of tables.usable_pairs; encoding: of encode_pairs; supervise: response or row;
-    train_rows: only the first so many (None: all); validation: arguments of usable_pairs for a table of its
-    own, and then all of `table` is trained on; validation_rows: at most so many, to choose the best step.
-    The folder is named after all that it is made from. It is written under another name, renamed and never
-    changed; one that is damaged is made anew, and a stale one can be deleted at any time. What was printed
-    when it was made is printed again.
+    how: arguments of _write_table. The folder is named after all that it is made from. It is written under
+    another name, renamed and never changed; one that is damaged is made anew, and a stale one can be deleted
+    at any time. What was printed when it was made is printed again.
     """
-    made_from = dict(table=file_fingerprint(table), reading=reading, encoding=encoding, supervise=supervise,
-                     train_rows=train_rows, validation_rows=validation_rows, prompt=PROMPT,
-                     split_rule=SPLIT_RULE, tokenizer=digest(tokenizer.to_str()), validation=validation,
-                     validation_table=validation and file_fingerprint(validation["path"]))
+    validation_reading = how.get("validation_reading")
+    made_from = dict(how, table=file_fingerprint(table), tokenizer=digest(tokenizer.to_str()), prompt=PROMPT,
+                     split_rule=SPLIT_RULE,
+                     validation_table=validation_reading and file_fingerprint(validation_reading["path"]))
     folder = Path(folder) / f"{Path(table).stem}-{digest(made_from)}"
     temporary = folder.with_name(f"{folder.name}.tmp")
+    checksum = folder / "checksum"
     with lock(folder.with_name(f"{folder.name}.lock"), wait=True):  # a second process finds it made
-        if not (folder / "checksum").is_file() or (folder / "checksum").read_bytes() != _checksum(folder):
+        if not checksum.is_file() or checksum.read_bytes() != _checksum(folder):
             if folder.is_dir():
                 print(f"{folder} is damaged, or of another version: it is made anew")
             for path in (folder, temporary):
                 shutil.rmtree(path, ignore_errors=True)
             try:
                 with contextlib.redirect_stdout(io.StringIO()) as printed:
-                    summary = _write_table(temporary, table, tokenizer, reading, encoding, supervise,
-                                           train_rows, validation, validation_rows)
-                summary = json.dumps({**summary, "printed": printed.getvalue(), "made_from": made_from})
+                    summary = _write_table(temporary, table, tokenizer, **how)
+                summary |= {"printed": printed.getvalue(), "made_from": made_from}
                 with writing(folder):
-                    (temporary / "table.json").write_text(summary, encoding="utf-8")
+                    (temporary / "table.json").write_text(json.dumps(summary), encoding="utf-8")
                     (temporary / "checksum").write_bytes(_checksum(temporary))
                     os.rename(temporary, folder)
             finally:
@@ -353,49 +344,52 @@ def _checksum(folder):
     return total.digest()
 
 
-def _write_table(folder, table, tokenizer, reading, encoding, supervise, train_rows, own_validation,
-                 validation_rows):
-    """Fills `folder`, ROWS_AT_ONCE rows at a time: the table's fingerprint and number of test rows."""
+def _write_table(folder, table, tokenizer, *, reading, encoding, supervise="response", train_rows=None,
+                 validation_reading=None, validation_rows=1000):
+    """Fills `folder`, ROWS_AT_ONCE rows at a time: the table's fingerprint and number of test rows.
+
+    reading: arguments of tables.usable_pairs; encoding: of encode_pairs; supervise: response or row;
+    train_rows: only the first so many (None: all); validation_reading: arguments of usable_pairs for a table
+    of its own, and then all of `table` is trained on; validation_rows: at most so many, to choose the best
+    step.
+    """
     encode_training = encode_published if supervise == "row" else encode_pairs
-    pairs = tables.usable_pairs(table, **reading)
+    validation_pairs = tables.read_pairs(**validation_reading) if validation_reading else []
+    validation_ids = {complaint_id(pair.complaint) for pair in validation_pairs}
     fingerprint = Fingerprint()
     trained = 0
     shared = 0
     test_rows = 0
-    validation = tables.read_pairs(**own_validation) if own_validation else []
-    validated = {complaint_id(pair.complaint) for pair in validation}
     cuts = Counter()
+    pairs = tables.usable_pairs(table, **reading)
     while part := list(islice(pairs, ROWS_AT_ONCE)):
-        for pair in part:
-            fingerprint.add(pair)
-        if own_validation:
-            sides = {"train": [pair for pair in part if complaint_id(pair.complaint) not in validated],
-                     "validation": [], "test": []}
-            shared += len(part) - len(sides["train"])
+        fingerprint.add(part)
+        if validation_reading:
+            train = [pair for pair in part if complaint_id(pair.complaint) not in validation_ids]
+            shared += len(part) - len(train)
         else:
             sides = split_pairs(part)
-        test_rows += len(sides["test"])
-        validation = sample_pairs(validation + sides["validation"], validation_rows)
-        train = sides["train"]
-        if train_rows is not None:
+            train = sides["train"]
+            validation_pairs += sides["validation"]
+            test_rows += len(sides["test"])
+        validation_pairs = sample_pairs(validation_pairs, validation_rows)
+        if train_rows:
             train = train[:train_rows - trained]
-        if train:
-            examples, part_cuts = encode_training(train, tokenizer, **encoding)
-            _append_examples(folder / "train", examples)
-            trained += len(train)
-            cuts += part_cuts
-    if not trained or not validation:
+        examples, part_cuts = encode_training(train, tokenizer, **encoding)
+        _append_examples(folder / "train", examples)
+        trained += len(train)
+        cuts += part_cuts
+    if not trained or not validation_pairs:
         raise InputError(f"{table} has too few complaints to train and validate on")
     if cuts["empty"] == trained:
         raise InputError(f"{table}: preprocessing leaves nothing of any response: use --preprocess none")
-    if own_validation:
-        print(f"  {shared:,} rows are not trained on: their complaints are in {own_validation['path']}")
-        for pair in validation:
-            fingerprint.add(pair)
-    examples, part_cuts = encode_pairs(validation, tokenizer, **encoding)
+    if validation_reading:
+        print(f"  {shared:,} rows are not trained on: their complaints are in {validation_reading['path']}")
+        fingerprint.add(validation_pairs)
+    examples, part_cuts = encode_pairs(validation_pairs, tokenizer, **encoding)
     _append_examples(folder / "validation", examples)
-    if cuts_line := describe_cuts(cuts + part_cuts, trained + len(validation), encoding["max_length"]):
-        print(cuts_line)
+    if line := describe_cuts(cuts + part_cuts, trained + len(validation_pairs), encoding["max_length"]):
+        print(line)
     return {"fingerprint": str(fingerprint), "test_rows": test_rows}
 
 

@@ -1,6 +1,9 @@
 """What a person reads in the terminal: tables and histograms."""
 
+import math
 import unicodedata
+
+import numpy as np
 
 
 def table(header, rows):
@@ -20,16 +23,11 @@ def table(header, rows):
 
 def histogram(values, low, high, bins=12, width=40):
     """Lines of a bar chart of `values` between low and high."""
-    step = (high - low) / bins or 1.0
-    counts = [0] * bins
-    for value in values:
-        place = int((value - low) / step)
-        counts[min(bins - 1, max(0, place))] += 1
-    largest = max(*counts, 1)
+    counts, edges = np.histogram(np.clip(values, low, high), bins, (low, high))
     lines = []
-    for i, count in enumerate(counts):
-        bar = "#" * -(-count * width // largest)
-        lines.append(f"  {low + i * step:5.2f} to {low + (i + 1) * step:5.2f} {count:7,} {bar}")
+    for count, start, end in zip(counts, edges, edges[1:]):
+        bar = "#" * math.ceil(width * count / counts.max())
+        lines.append(f"  {start:5.2f} to {end:5.2f} {count:7,} {bar}")
     return "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ def write_result(run, **other):
 
 @pytest.fixture
 def classifier(run):
-    return annotate.Classifier.load(run, CPU)
+    return annotate.Classifier(run, CPU)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_annotated_table(classifier, table, rows, tmp_path, capsys, ending):
     """The paper's six fields, whose the severity is, then the other columns; rows in order; labels stay, the
     rest get the likeliest class, which is no label where the table is read again."""
     to = tmp_path / "new" / f"annotated.{ending}"
-    annotate.annotate_table(classifier, table, to, {}, CPU)
+    annotate.annotate_table(classifier, table, to, {})
     annotated = read(to)
     kept = [i for i in range(50) if i != 13]
     names = ["Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical", "Severity Source", "id",
@@ -80,7 +80,7 @@ def test_annotated_table(classifier, table, rows, tmp_path, capsys, ending):
     assert {row["note"] for row in annotated} == {'سطر\nثان, "نعم"'}
 
     probabilities = torch.tensor([[float(row[name]) for name in names[3:6]] for row in annotated])
-    alone = torch.cat([classifier.probabilities([rows[i]["Question"]], CPU)[0] for i in kept])
+    alone = torch.cat([classifier.probabilities([rows[i]["Question"]])[0] for i in kept])
     torch.testing.assert_close(probabilities, alone, atol=2e-6, rtol=0)
     likeliest = [("non-critical", "neutral", "critical")[c] for c in alone.argmax(-1)]
     assert len(set(likeliest)) == 3  # or the next line would be blind
@@ -100,17 +100,16 @@ def test_probabilities_are_calibrated(classifier):
     text = "عندي أَلَم شديد!"
     ids = classifier.tokenizer.encode("عندي ألم شديد !").ids
     logits = classifier.model.classify(torch.tensor(ids), [len(ids)])
-    torch.testing.assert_close(classifier.probabilities([text], CPU)[0], (logits / 2).softmax(-1).detach())
+    torch.testing.assert_close(classifier.probabilities([text])[0], (logits / 2).softmax(-1).detach())
 
 
 def test_long_complaints_are_cut_to_what_the_model_reads(classifier, tmp_path, write_table, capsys):
     """Whatever --max-length was; [SEP] stays the last token."""
     assert classifier.max_length == classifier.model.config.context == 512
-    ids, cut = annotate.encode_complaints(classifier.tokenizer, ["صداع " * 20, "صداع"], preprocess="none",
-                                          max_length=12)
+    ids, cut = data.encode_and_cut(classifier.tokenizer, ["صداع " * 20, "صداع"], 12)
     assert cut == 1 and len(ids[0]) == 12 and ids[0][0] == ids[1][0] and ids[0][-1] == ids[1][-1]
     table = write_table("long.csv", [{"question": "صداع " * 2000}])
-    annotate.annotate_table(classifier, table, tmp_path / "out.csv", {}, CPU)
+    annotate.annotate_table(classifier, table, tmp_path / "out.csv", {})
     assert "1 rows, 1 complaints cut to 512 tokens" in capsys.readouterr().out
 
 
@@ -120,14 +119,14 @@ def test_out_of_fold_probabilities_are_used(run, table, rows, tmp_path, capsys):
     keys = [data.complaint_id(rows[i]["Question"]) for i in (4, 9, 11)]
     folds = {keys[0]: [0.1, 0.2, 0.7], keys[1]: [0.6, 0.3, 0.1]}
     write_result(run, out_of_fold=folds, trained_on=keys)
-    classifier = annotate.Classifier.load(run, CPU)
-    annotate.annotate_table(classifier, table, tmp_path / "out.jsonl", {}, CPU)
+    classifier = annotate.Classifier(run, CPU)
+    annotate.annotate_table(classifier, table, tmp_path / "out.jsonl", {})
     by_id = {row["id"]: row for row in read(tmp_path / "out.jsonl")}
     names = ("Severity", "Non-Critical", "Neutral", "Critical")
     assert [by_id["4"][name] for name in names] == ["critical", 0.1, 0.2, 0.7]
     assert [by_id["9"][name] for name in names] == ["non-critical", 0.6, 0.3, 0.1]
     assert "trained on 1 of these complaints" in capsys.readouterr().out
-    probabilities, _ = classifier.probabilities([rows[4]["Question"] + "!!"], CPU)
+    probabilities, _ = classifier.probabilities([rows[4]["Question"] + "!!"])
     assert probabilities[0].tolist() == pytest.approx([0.1, 0.2, 0.7])
 
 
@@ -154,11 +153,11 @@ def stop_after(monkeypatch, chunks):
 def test_interrupted_annotation_goes_on(classifier, table, tmp_path, monkeypatch, capsys, ending, chunks):
     whole, to = tmp_path / f"whole.{ending}", tmp_path / f"parts.{ending}"
     monkeypatch.setattr(annotate, "CHUNK", 11)
-    annotate.annotate_table(classifier, table, whole, {}, CPU)
+    annotate.annotate_table(classifier, table, whole, {})
     with monkeypatch.context() as patch:
         stop_after(patch, chunks)
         with pytest.raises(Stop):
-            annotate.annotate_table(classifier, table, to, {}, CPU)
+            annotate.annotate_table(classifier, table, to, {})
     assert not to.exists()
     capsys.readouterr()
 
@@ -169,7 +168,7 @@ def test_interrupted_annotation_goes_on(classifier, table, tmp_path, monkeypatch
         scored.append(len(complaints))
         return original(self, complaints, *rest)
     monkeypatch.setattr(type(classifier), "probabilities", probabilities)
-    annotate.annotate_table(classifier, table, to, {}, CPU)
+    annotate.annotate_table(classifier, table, to, {})
     assert to.read_bytes() == whole.read_bytes()
     assert sum(scored) == 49 - 11 * chunks  # what was done is not done again
     out = capsys.readouterr().out
@@ -182,8 +181,8 @@ def test_another_table_starts_afresh(classifier, table, tmp_path, write_table, r
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Stop):
-            annotate.annotate_table(classifier, table, to, {}, CPU)
-    annotate.annotate_table(classifier, write_table("other.jsonl", rows[50:53]), to, {}, CPU)
+            annotate.annotate_table(classifier, table, to, {})
+    annotate.annotate_table(classifier, write_table("other.jsonl", rows[50:53]), to, {})
     assert [row["Question"] for row in read(to)] == [row["Question"] for row in rows[50:53]]
 
 
@@ -193,7 +192,7 @@ def test_every_line_of_a_csv_has_the_same_columns(classifier, tmp_path, monkeypa
     lines = ['{"question": "a", "x": 1}', '{"question": "b", "y": 2}', '{"y": 3, "question": "c"}',
              '{"question": "d", "x": 4}']
     (tmp_path / "table.jsonl").write_text("\n".join(lines))
-    annotate.annotate_table(classifier, tmp_path / "table.jsonl", tmp_path / "out.csv", {}, CPU)
+    annotate.annotate_table(classifier, tmp_path / "table.jsonl", tmp_path / "out.csv", {})
     assert [(row["Question"], row["x"], row["y"]) for row in read(tmp_path / "out.csv")] == [
         ("a", "1", ""), ("b", "", "2"), ("c", "", "3"), ("d", "4", "")]
 
@@ -206,7 +205,7 @@ def test_excel_opens_it_and_runs_nothing(classifier, tmp_path, ending):
     lines = [json.dumps({"question": f"{cell} سؤال", "answer": cell}, ensure_ascii=False) for cell in cells]
     (tmp_path / "table.jsonl").write_text("\n".join(lines), encoding="utf-8")
     to = tmp_path / f"out.{ending}"
-    annotate.annotate_table(classifier, tmp_path / "table.jsonl", to, {}, CPU)
+    annotate.annotate_table(classifier, tmp_path / "table.jsonl", to, {})
     assert to.read_bytes().startswith(b"\xef\xbb\xbf")
     shown = ["'=1+1", "'+نعم", "-5.5", "'- اشرب", "'@SUM(A1)", "'-", "نعم = لا"]
     assert [row["Answer"] for row in read(to)] == shown
@@ -217,10 +216,10 @@ def test_excel_opens_it_and_runs_nothing(classifier, tmp_path, ending):
 def test_targets_that_are_refused(classifier, table, tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
     with pytest.raises(InputError, match="out.jsonl exists: remove it"):
-        annotate.annotate_table(classifier, table, tmp_path / "out.jsonl", {}, CPU)
+        annotate.annotate_table(classifier, table, tmp_path / "out.jsonl", {})
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     with pytest.raises(InputError, match="is written as .jsonl, .csv or .tsv"):
-        annotate.annotate_table(classifier, table, tmp_path / "out.xlsx", {}, CPU)
+        annotate.annotate_table(classifier, table, tmp_path / "out.xlsx", {})
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -232,7 +231,7 @@ def test_tables_that_cannot_be_annotated_leave_nothing_behind(classifier, tmp_pa
         (tmp_path / name).write_text(content)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError, match=message):
-        annotate.annotate_table(classifier, tmp_path / name, tmp_path / "out.csv", {}, CPU)
+        annotate.annotate_table(classifier, tmp_path / name, tmp_path / "out.csv", {})
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -250,15 +249,15 @@ def test_annotated_is_made_once_per_table(run, table, capsys):
 def test_no_run_of_the_classifier(tmp_path, run, golden):
     for other in (golden / "bert", "runs/typo"):
         with pytest.raises(InputError, match="is no run of train_classifier.py"):
-            annotate.Classifier.load(other, CPU)
+            annotate.Classifier(other, CPU)
     result = {"temperature": 2.0, "out_of_fold": {}, "trained_on": []}
     for version in ({}, {"split_rule": 1}, {"split_rule": data.SPLIT_RULE + 1}):  # the first ones stored none
         checkpoint.write_json(run / "classifier.json", result | version)
         with pytest.raises(InputError, match="was made with split rule .* train it again"):
-            annotate.Classifier.load(run, CPU)
+            annotate.Classifier(run, CPU)
     (run / "classifier.json").unlink()  # it was stopped before its end
     with pytest.raises(InputError, match="was stopped before it was finished"):
-        annotate.Classifier.load(run, CPU)
+        annotate.Classifier(run, CPU)
 
 
 def test_logits_keep_the_order_of_the_texts(run):
@@ -275,7 +274,7 @@ def test_logits_keep_the_order_of_the_texts(run):
 def test_line_breaks_do_not_tear_rows_apart(classifier, write_table, rows, tmp_path, ending):
     row = {"Question": "صداع\r\nمن\rيومين\x00\x1f", "Answer": "راحة"}
     table = write_table("table.jsonl", [row, *rows[:3]])
-    annotate.annotate_table(classifier, table, tmp_path / f"new.{ending}", {}, CPU)
+    annotate.annotate_table(classifier, table, tmp_path / f"new.{ending}", {})
     pairs = tables.read_pairs(tmp_path / f"new.{ending}", needed=("complaint", "response"))
     assert len(pairs) == 4 and pairs[0].complaint == "صداع\nمن\nيومين"
 
@@ -284,7 +283,7 @@ def test_annotation_needs_the_complaint_alone(classifier, write_table, tmp_path,
     """What else is wrong with a row does not matter: its severity is what is looked for."""
     table = write_table("table.jsonl", [{"Question": "صداع", "Severity": "urgent"},
                                         {"Question": "حمى", "Severity": "حرج"}])
-    annotate.annotate_table(classifier, table, tmp_path / "new.jsonl", {}, CPU)
+    annotate.annotate_table(classifier, table, tmp_path / "new.jsonl", {})
     annotated = read(tmp_path / "new.jsonl")
     assert len(annotated) == 2 and annotated[0]["Severity"] in CLASSES
     assert annotated[1]["Severity"] == "critical"
@@ -295,7 +294,7 @@ def test_annotation_needs_the_complaint_alone(classifier, write_table, tmp_path,
 
 def test_columns_that_share_a_name_with_a_field_are_kept(classifier, write_table, tmp_path):
     table = write_table("table.jsonl", [{"Title": "صداع شديد", "Question": "عنوان", "Answer": "راحة"}])
-    annotate.annotate_table(classifier, table, tmp_path / "new.jsonl", {"complaint": "Title"}, CPU)
+    annotate.annotate_table(classifier, table, tmp_path / "new.jsonl", {"complaint": "Title"})
     row = read(tmp_path / "new.jsonl")[0]
     assert (row["Question"], row["Question (of the table)"]) == ("صداع شديد", "عنوان")
 
@@ -304,7 +303,7 @@ def test_predictions_are_no_labels(classifier, write_table, rows, tmp_path, caps
     """As the column says, or where it is missing: the likeliest class in every one of 20 rows or more. They are
     annotated anew, and no classifier is trained on them."""
     bare = [{name: row[name] for name in ("Question", "Answer")} for row in rows[:20]]
-    annotate.annotate_table(classifier, write_table("bare.jsonl", bare), tmp_path / "new.jsonl", {}, CPU)
+    annotate.annotate_table(classifier, write_table("bare.jsonl", bare), tmp_path / "new.jsonl", {})
     annotated = read(tmp_path / "new.jsonl")
     old = [{name: row[name] for name in annotate.FIELDS[:-1]} for row in annotated]
     for table in (tmp_path / "new.jsonl", write_table("old.jsonl", old)):

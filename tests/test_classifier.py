@@ -34,13 +34,13 @@ def test_folds_never_score_a_complaint_that_they_saw(monkeypatch):
     def ids_of(pairs):
         return {data.complaint_id(p.complaint) for p in pairs}
 
-    def fit(args, compute, train, validation, preprocess, seed, *, name):
+    def fit(args, compute, train, validation, seed, *, name):
         seen.clear()
         seen.update(ids_of(train + validation))
         assert not ids_of(train) & ids_of(validation)
         return train_classifier.Fitted(None, None, None, 1.0)
 
-    def encode(model, tokenizer, complaints, args, preprocess):
+    def encode(args, model, tokenizer, complaints):
         assert not {data.complaint_id(complaint) for complaint in complaints} & seen
         return [rows[complaint] for complaint in complaints], 0
 
@@ -49,8 +49,8 @@ def test_folds_never_score_a_complaint_that_they_saw(monkeypatch):
     monkeypatch.setattr(train_classifier, "fit", fit)
     monkeypatch.setattr(train_classifier, "encode", encode)
     monkeypatch.setattr(annotate, "class_logits", class_logits)
-    args = Namespace(folds=4, ckpt="tiny", seed=[0])
-    ordered, results = train_classifier.out_of_fold(args, None, pairs, "none")
+    args = Namespace(ckpt="tiny", seed=[0])
+    ordered, results = train_classifier.out_of_fold(args, None, train_classifier.make_folds(pairs, 4))
     assert sorted(p.row for p in ordered) == list(range(200))
     assert results["tiny"][:, 0].tolist() == [p.row for p in ordered]  # rows and logits stay together
     assert {len(z) for z in results.values()} == {200}

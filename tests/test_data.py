@@ -221,12 +221,12 @@ def test_of_two_makers_at_once_the_second_waits(open_table, monkeypatch, tmp_pat
     second = threading.Thread(target=open_table)
     made = []
 
-    def slower(*arguments):
+    def slower(*arguments, **how):
         made.append(arguments)
         second.start()
         second.join(0.2)
         assert second.is_alive()
-        return write(*arguments)
+        return write(*arguments, **how)
     monkeypatch.setattr(data, "_write_table", slower)
     encoded, _ = open_table()
     second.join(20)
@@ -236,7 +236,7 @@ def test_of_two_makers_at_once_the_second_waits(open_table, monkeypatch, tmp_pat
 
 def test_nothing_is_left_of_a_table_that_cannot_be_read(open_table, tmp_path):
     open_table.path.write_text(open_table.path.read_text(encoding="utf-8") + "{broken", encoding="utf-8")
-    with pytest.raises(InputError, match="line 121 is not JSON"):
+    with pytest.raises(InputError, match="line 121 cannot be used .JSONDecodeError"):
         open_table()
     assert not list(tmp_path.glob("encoded/*"))
 
@@ -321,7 +321,7 @@ def test_a_validation_table_of_its_own(write_table, rows, tiny, tmp_path, capsys
     def make():
         return data.encoded_table(
             train, tiny[1], reading=reading, encoding=dict(max_length=99, eos_id=0, preprocess="none"),
-            validation=dict(path=str(validation), needed=reading["needed"]), folder=tmp_path / "encoded")
+            validation_reading=dict(path=str(validation), needed=reading["needed"]), folder=tmp_path / "encoded")
     table = make()
     assert (len(table.train), len(table.validation), table.test_rows) == (55, 35, 0)
     assert f"5 rows are not trained on: their complaints are in {validation}" in capsys.readouterr().out

@@ -269,7 +269,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, name):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(os, name, full)
-        with pytest.raises(InputError, match=f"^{path} cannot be written: No space left on device;"):
+        with pytest.raises(InputError, match=f"^{path} cannot be written .No space left on device.;"):
             checkpoint.write_json(path, {"new": 1})
     assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]
 
@@ -278,7 +278,7 @@ def test_native_errors_name_the_path(tmp_path):
     """torch's, safetensors' and the tokenizers' own have no class in common."""
     def write(_):
         raise Exception("I/O error: No space left on device (os error 28)\nbacktrace")
-    with pytest.raises(InputError, match="tokenizer.json cannot be written: I/O error: No space left") as raised:
+    with pytest.raises(InputError, match="tokenizer.json cannot be written .Exception: I/O error: No space left") as raised:
         write_atomically(tmp_path / "tokenizer.json", write)
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
@@ -291,7 +291,7 @@ def test_a_folder_that_vanishes(arguments, tmp_path, monkeypatch, capsys):
         shutil.rmtree(run)
         return line
     monkeypatch.setattr(finetune, "validate_and_save", vanish)
-    assert "run/metrics.jsonl cannot be written: No such file" in refused(capsys, *arguments)
+    assert "run/metrics.jsonl cannot be written (No such file" in refused(capsys, *arguments)
     assert not (tmp_path / "run").exists()
 
 

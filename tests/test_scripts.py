@@ -669,7 +669,7 @@ REFUSED = [
     (finetune, "--data {table} --weighting 1,2", "or three numbers"),
     (finetune, "--data {nowhere}.csv", "no such file"),
     (finetune, "--data {columns}", "no column for the response; it has question, reply"),
-    (finetune, "--data {bare}", "no severity probabilities: give --classifier RUN, or --weighting none"),
+    (finetune, "--data {bare}", "has not all three severity probabilities: give --classifier RUN, or --weighting none"),
     (finetune, "--data {few}", "too few complaints"),
     (finetune, "--data {table} --columns complaint", "ROLE=COLUMN"),
     (finetune, "--data {table} --ckpt {nowhere}", "is neither a folder"),
@@ -744,4 +744,4 @@ def test_folds_refuse_a_model_that_has_seen_the_rows(classifier, table, tmp_path
 def test_annotation_does_not_train_by_itself(table, tmp_path, capsys):
     """A run that was stopped, or a plain encoder, must not be replaced by a model of the embedded sample."""
     refusal(train_classifier, "--ckpt", tmp_path, "--annotate", table, "--to", tmp_path / "new.jsonl")
-    assert "is no finished run" in capsys.readouterr().err
+    assert "is no run of train_classifier.py" in capsys.readouterr().err

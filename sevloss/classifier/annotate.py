@@ -5,19 +5,17 @@ import io
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from torch import nn
 from tqdm import tqdm
 
 from sevloss import (
     InputError,
     checkpoint,
     data,
+    device,
     distributed,
     flush_to_disk,
     interpreting,
@@ -39,79 +37,58 @@ def class_logits(model, id_lists, compute, *, max_tokens=8192, progress=None):
     """id_lists (n lists of token ids) -> (n, 3) fp32 logits on the CPU, in the same order. At most max_tokens
     go through the model at once, sorted by length. progress: a tqdm that counts texts."""
     model.eval()
-    order, parts = [], []
+    lengths = [len(ids) for ids in id_lists]
+    logits = torch.zeros(len(id_lists), 3, device=compute.device)
     with compute.autocast():
-        lengths = [len(ids) for ids in id_lists]
         for batch in distributed.micro_batches(lengths, range(len(id_lists)), max_tokens):
             if not batch:  # of another rank alone
                 continue
-            tokens, lengths = data.pack([id_lists[i] for i in batch], compute.device)
-            parts.append(model.classify(tokens, lengths).float())  # (B, 3)
-            order += batch
+            rows = device.to_device(torch.tensor(batch), compute.device)
+            logits[rows] = model.classify(*data.pack([id_lists[i] for i in batch], compute.device)).float()
             if progress is not None:
                 progress.update(len(batch))
-    logits = torch.zeros(len(id_lists), 3)
-    if order:
-        logits[order] = torch.cat(parts).cpu()  # the only wait for the device
-    return distributed.add_up(logits)
+    return distributed.add_up(logits.cpu())  # the only wait for the device
 
 
-def encode_complaints(tokenizer, complaints, *, preprocess, max_length):
-    """(id lists with [CLS] and [SEP], how many were cut): what is too long loses its end, not its [SEP]."""
-    return data.encode_and_cut(tokenizer, [data.prepare(c, preprocess) for c in complaints], max_length)
-
-
-@dataclass
 class Classifier:
-    """A run of train_classifier.py, ready to give probabilities."""
-    run: Path
-    model: nn.Module
-    tokenizer: Tokenizer
-    temperature: float
-    preprocess: str
-    max_length: int
-    out_of_fold: dict  # complaint_id -> probabilities from a model that was not trained on it
-    trained_on: set  # complaint_ids that the model has seen
+    """A run of train_classifier.py, ready to give probabilities. InputError where the folder holds no
+    finished run of this version."""
 
-    @classmethod
-    def load(cls, run, compute):
-        """InputError where the folder holds no finished run of this version."""
-        run = Path(run)
-        run_json = hub.read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    def __init__(self, run, compute):
+        self.run = Path(run)
+        self.compute = compute
+        run_json = hub.read_json(self.run / "run.json") if (self.run / "run.json").is_file() else {}
         if run_json.get("script") != "train_classifier.py":
-            raise InputError(f"{run} is no run of train_classifier.py")
-        if not (run / "classifier.json").is_file():
+            raise InputError(f"{run} is no run of train_classifier.py: name one, or train one first")
+        if not (self.run / "classifier.json").is_file():
             raise InputError(f"{run} was stopped before it was finished: train it again")
-        result = hub.read_json(run / "classifier.json")
+        result = hub.read_json(self.run / "classifier.json")
         data.check_split_rule(result.get("split_rule"), run)
-        model = load_model(run, device=compute.device)
+        self.model = load_model(run, device=compute.device)
+        self.tokenizer = load_tokenizer(run)
         with interpreting(f"run.json or classifier.json of {run}", "train it again"):
-            loaded = cls(run, model, load_tokenizer(run), result["temperature"], run_json["preprocess"],
-                         min(run_json["max_length"], model.config.context), result["out_of_fold"],
-                         set(result["trained_on"]))
-            if not (0 < loaded.temperature < 1e6 and loaded.max_length >= 8
-                    and loaded.preprocess in ("arabert", "none") and model.config.num_labels == 3
-                    and all(len(p) == 3 and min(p) >= 0 for p in loaded.out_of_fold.values())):
+            self.temperature = result["temperature"]
+            self.preprocess = run_json["preprocess"]
+            self.max_length = min(run_json["max_length"], self.model.config.context)
+            # complaint_id -> probabilities from a model that was not trained on it
+            self.out_of_fold = {name: torch.tensor(row) for name, row in result["out_of_fold"].items()}
+            self.too_sure = set(result["trained_on"]) - self.out_of_fold.keys()  # complaint_ids
+            if not (0 < self.temperature < 1e6 and self.max_length >= 8
+                    and self.preprocess in ("arabert", "none") and self.model.config.num_labels == 3
+                    and all(row.shape == (3,) and row.min() >= 0 for row in self.out_of_fold.values())):
                 raise ValueError("temperature, max_length, preprocess, probabilities or classes out of range")
-            return loaded
 
-    def probabilities(self, complaints, compute, progress=None):
+    def probabilities(self, complaints, progress=None):
         """(n, 3) calibrated probabilities of (non-critical, neutral, critical), those out of fold where the
         run has them for a complaint; how many complaints were cut."""
-        ids, cut = encode_complaints(self.tokenizer, complaints, preprocess=self.preprocess,
-                                     max_length=self.max_length)
-        logits = class_logits(self.model, ids, compute, progress=progress)
+        ids, cut = data.encode_and_cut(self.tokenizer, complaints, self.max_length, self.preprocess)
+        logits = class_logits(self.model, ids, self.compute, progress=progress)
         probabilities = (logits / self.temperature).softmax(-1)
         for i, complaint in enumerate(complaints):
-            known = self.out_of_fold.get(data.complaint_id(complaint))
-            if known is not None:
-                probabilities[i] = torch.tensor(known)
+            name = data.complaint_id(complaint)
+            if name in self.out_of_fold:
+                probabilities[i] = self.out_of_fold[name]
         return probabilities, cut
-
-    def seen(self, complaints):
-        """How many of the complaints the model is too sure of: trained on, with nothing out of fold."""
-        too_sure = self.trained_on - self.out_of_fold.keys()
-        return sum(data.complaint_id(complaint) in too_sure for complaint in complaints)
 
 
 def check_target(to):
@@ -122,7 +99,7 @@ def check_target(to):
         raise InputError(f"--to {to} exists: remove it or give another name")
 
 
-def annotate_table(classifier, table, to, columns, compute):
+def annotate_table(classifier, table, to, columns):
     """Writes the table with FIELDS, then its other columns, to a .jsonl, .csv or .tsv file.
 
     Severity is the likeliest class; a label that the row came with stays, and Severity Source says which.
@@ -130,54 +107,52 @@ def annotate_table(classifier, table, to, columns, compute):
     `to`.partial; the same call goes on after its last chunk, so memory and what a stop can lose are bounded
     by CHUNK rows.
     """
+    to = Path(to)
     with lock(f"{to}.lock"):
-        _annotate_table(classifier, table, Path(to), columns, compute)
+        check_target(to)
+        total = sum(1 for _ in tables.read_rows(table, ("complaint",), columns)[2])
 
+        # How far a call before this one came
+        partial = Path(f"{to}.partial")
+        journal = Path(f"{to}.partial.json")
+        inputs = {"table": data.file_fingerprint(table), "columns": columns,
+                  "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
+        done = Counter()  # rows, bytes, and how many complaints were cut, seen in training, labelled
+        before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
+        if before.get("inputs") == inputs:
+            with interpreting(journal, f"remove {partial}"):
+                done.update({name: int(count) for name, count in before["done"].items()})
+            print(f"{to}: going on after row {done['rows']:,}")
+        done = distributed.from_rank_0(done)
 
-def _annotate_table(classifier, table, to, columns, compute):
-    check_target(to)
+        # The next rows; a table that cannot be used is refused before anything is written
+        pairs = islice(tables.usable_pairs(table, needed=("complaint",), columns=columns), done["rows"], None)
+        chunk = list(islice(pairs, CHUNK))
 
-    # How far a call before this one came
-    partial, journal = Path(f"{to}.partial"), Path(f"{to}.partial.json")
-    inputs = {"table": data.file_fingerprint(table), "columns": columns,
-              "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
-    done = Counter()  # rows, bytes, and how many complaints were cut, seen, labelled
-    before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
-    if before.get("inputs") == inputs:
-        with interpreting(journal, f"remove {partial}"):
-            done.update({name: int(count) for name, count in before["done"].items()})
-        print(f"{to}: going on after row {done['rows']:,}")
-    done = distributed.from_rank_0(done)
-
-    # The next rows; a table that cannot be read is refused before anything is written
-    total = sum(1 for _ in tables.read_rows(table, ("complaint",), columns)[2])
-    pairs = islice(tables.usable_pairs(table, needed=("complaint",), columns=columns), done["rows"], None)
-    chunk = list(islice(pairs, CHUNK))
-
-    checkpoint.append(partial, "")
-    if is_rank_0():
-        os.truncate(partial, done["bytes"])
-    stop.waits = True  # a signal is looked at between chunks
-    with tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
-        while chunk:
-            complaints = [pair.complaint for pair in chunk]
-            probabilities, cut = classifier.probabilities(complaints, compute, bar)
-            text = io.StringIO(newline="")
-            write_rows(text, to.suffix.lower(), chunk, probabilities, header=not done["rows"])
-            checkpoint.append(partial, text.getvalue(), to_disk=True)
-            done.update(rows=len(chunk), cut=cut, seen=classifier.seen(complaints),
-                        labelled=sum(pair.severity is not None for pair in chunk))
-            done["bytes"] += len(text.getvalue().encode())
-            checkpoint.write_json(journal, {"inputs": inputs, "done": done})
-            stop.leave(distributed.largest(stop.signal),
-                       f"{done['rows']:,} rows are kept: the same command goes on")
-            chunk = list(islice(pairs, CHUNK))
-    stop.waits = False
-    if is_rank_0():
-        journal.unlink()
-        os.replace(partial, to)
-        flush_to_disk(to.parent)
-    distributed.wait_for_all()
+        checkpoint.append(partial, "")
+        if is_rank_0():
+            os.truncate(partial, done["bytes"])
+        stop.waits = True  # a signal is looked at between chunks
+        with tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
+            while chunk:
+                complaints = [pair.complaint for pair in chunk]
+                probabilities, cut = classifier.probabilities(complaints, bar)
+                text = io.StringIO(newline="")
+                write_rows(text, to.suffix.lower(), chunk, probabilities, header=not done["rows"])
+                checkpoint.append(partial, text.getvalue(), to_disk=True)
+                done.update(rows=len(chunk), bytes=len(text.getvalue().encode()), cut=cut,
+                            seen=sum(data.complaint_id(c) in classifier.too_sure for c in complaints),
+                            labelled=sum(pair.severity is not None for pair in chunk))
+                checkpoint.write_json(journal, {"inputs": inputs, "done": done})
+                stop.leave(distributed.largest(stop.signal),
+                           f"{done['rows']:,} rows are kept: the same command goes on")
+                chunk = list(islice(pairs, CHUNK))
+        stop.waits = False
+        if is_rank_0():
+            journal.unlink()
+            os.replace(partial, to)
+            flush_to_disk(to.parent)
+        distributed.wait_for_all()
 
     print(f"wrote {to}: {done['rows']:,} rows, {done['cut']:,} complaints cut to "
           f"{classifier.max_length} tokens")
@@ -190,13 +165,13 @@ def _annotate_table(classifier, table, to, columns, compute):
 
 def annotated(classifier_run, table, columns, compute):
     """Path of the annotated table, made on the first call and kept in the classifier's run folder."""
-    classifier = Classifier.load(classifier_run, compute)
+    classifier = Classifier(classifier_run, compute)
     name = f"{Path(table).stem}-{data.digest(data.file_fingerprint(table), columns)}.jsonl"
     to = Path(classifier_run) / "annotated" / name
     if to.exists():
         print(f"severity of {table} is known: {to}")
     else:
-        annotate_table(classifier, table, to, columns, compute)
+        annotate_table(classifier, table, to, columns)
     return to
 
 

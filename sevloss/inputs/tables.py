@@ -11,7 +11,7 @@ import zipfile
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,41 +45,39 @@ MOST_CELLS = 30_000_000  # of a sheet, empty ones included: each takes 32 bytes
 
 @lru_cache(1024)
 def plain(name):
-    """What spellings of a column, label or class have in common: neither case, spaces, hyphens and
-    underscores, nor invisible marks, diacritics and tatweel."""
-    letters = [character for character in unicodedata.normalize("NFKC", name).casefold()
-               if unicodedata.category(character) not in ("Cf", "Mn", "Zs", "Pd", "Pc", "Cc")]
-    return "".join(letters).replace("ـ", "")
+    """What spellings of a column, label or class have in common: the letters and digits, without case,
+    diacritics and tatweel."""
+    return re.sub(r"[\W_ـ]", "", unicodedata.normalize("NFKC", name).casefold())
 
 
 # --- files -> rows ------------------------------------------------------------------------------------------
 
+def check_files(*paths):
+    """InputError unless these are files; None passes."""
+    for path in paths:
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"{path}: no such file")
+
+
 def read_rows(path, needed=(), columns=None):
-    """(what was read, as a text; its columns; an iterator over the rows that are not empty, of (number as an
-    editor or spreadsheet shows it, {column: text})).
+    """(what was read, as a text; the header; an iterator over the rows that are not empty, of (number as an
+    editor or spreadsheet shows it, texts)).
 
     A file can be taken apart in several ways, by delimiters or by sheets: the first is taken whose header has
-    the roles `needed`. A row with more cells than the header comes as None. InputError where the file cannot
-    be read.
+    the roles `needed`, else the first. InputError where the file cannot be read.
     """
+    check_files(path)
     path = Path(path)
     ending = path.suffix.lower()
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; --data names another table")
     if ending in (".jsonl", ".json"):
-        rows = _reading(path, _json_rows(path))
-        head = list(islice(rows, 1000))  # a row may lack a field that others have
-        names = dict.fromkeys(chain.from_iterable(row for _, row in head))
-        _check_header(path, names)
-        return str(path), names, chain(head, rows)
-    if ending in DELIMITERS:
+        ways = [("", _json_lines(path))]
+    elif ending in DELIMITERS:
         ways = [(f", separated by {delimiter!r}" if i else "", _csv_lines(path, delimiter))
                 for i, delimiter in enumerate(DELIMITERS[ending])]
     elif ending == ".xlsx":
         ways = _sheets(path)
     else:
-        raise InputError(f"{path}: a table is one of .jsonl, .json, .csv, .tsv, .xlsx, not "
-                         f"{ending or 'a file without an ending'}")
+        raise InputError(f"{path}: a table is a .jsonl, .json, .csv, .tsv or .xlsx file")
     taken = None
     failure = InputError(f"{path} has no sheet that is not hidden")
     for name, lines in _reading(path, ways):
@@ -90,16 +88,15 @@ def read_rows(path, needed=(), columns=None):
             failure = error
             continue
         fits = set(needed) <= find_roles(header, columns or {}).keys()
-        if not taken or fits:
-            where = "" if fits and number == 1 else f", header in row {number}"
-            taken = f"{path}{name}{where}", header, lines
+        if fits or not taken:
+            where = f", header in row {number}" if number > 1 or number and not fits else ""
+            taken = f"{path}{name}{where}", header, _lines_with_text(lines)
         if fits:
             break
     if not taken:
         raise failure
-    source, header, lines = taken
-    _check_header(path, header)
-    return source, header, _rows_below_header(header, lines)
+    _check_header(path, taken[1])
+    return taken
 
 
 def _reading(path, items):
@@ -108,44 +105,48 @@ def _reading(path, items):
         yield from items
 
 
-@contextmanager
-def _open_text(path):
-    """Decodes UTF-8, or UTF-16 with a byte-order mark; InputError for other bytes."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if head.startswith(b"PK"):
-        raise InputError(f"{path} is a zip archive: unpack it, or if it is a workbook, call it .xlsx")
-    if head.startswith(b"\x1f\x8b"):
-        raise InputError(f"{path} is compressed: unpack it with gunzip")
-    if not utf16 and head.count(0) + head.count(6) > len(head) / 5:  # 6: high byte of Arabic
-        raise InputError(f"{path} looks like UTF-16 without a byte-order mark: save it as UTF-8, e.g. iconv "
-                         "-f UTF-16LE -t UTF-8")
-    try:
-        with open(path, encoding="utf-16" if utf16 else "utf-8-sig", newline="") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start} of a block is 0x{error.object[error.start]:02x}"
-        advice = "save it anew" if utf16 else "save it as UTF-8, e.g. iconv -f WINDOWS-1256 -t UTF-8"
-        raise InputError(f"{path} is not UTF-{16 if utf16 else 8} ({byte}): {advice}") from error
+def _lines_with_text(lines):
+    """(number, texts) of the lines that are not empty."""
+    for number, cells in lines:
+        texts = [_text(cell) for cell in cells]
+        if any(texts):
+            yield number, texts
+
+
+def _check_header(path, header):
+    if not header:
+        raise InputError(f"{path} has no rows")
+    if len(header) > MOST_COLUMNS:
+        raise InputError(f"{path} has {len(header):,} columns, {MOST_COLUMNS:,} are allowed: leave some out")
+    for name, count in Counter(filter(None, header)).most_common(1):
+        if count > 1:
+            raise InputError(f"{path} has two columns called {name!r}: rename one")
+
+
+def _json_lines(path):
+    """A header of the names in the first rows, as a row may lack a field that others have; then the rows."""
+    rows = _json_rows(path)
+    head = list(islice(rows, 1000))
+    names = dict.fromkeys(chain.from_iterable(row for _, row in head))
+    yield 0, names
+    for number, row in chain(head, rows):
+        yield number, [row.get(name) for name in names]
 
 
 def _json_rows(path):
-    """Of a line each, or of one array."""
+    """(number, object) of a line each, or of one array."""
     with _open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             array = line.lstrip().startswith("[")
-            try:
-                value = json.loads(line + file.read() if array else line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {number} is not JSON: {error}") from error
+            text = line + file.read() if array else line
+            with interpreting(f"{path}, line {number}"):
+                value = json.loads(text)
             for i, row in enumerate(value if array else [value], 1 if array else number):
                 if not isinstance(row, dict):
-                    raise InputError(f"{path}, {'element' if array else 'line'} {i} is not a JSON object")
-                _check_header(path, row)
-                yield i, {_text(name): _text(cell) for name, cell in row.items()}
+                    raise InputError(f"{path}, row {i} is not a JSON object")
+                yield i, row
 
 
 def _csv_lines(path, delimiter):
@@ -163,6 +164,27 @@ def _csv_lines(path, delimiter):
             raise InputError(message) from error
 
 
+@contextmanager
+def _open_text(path):
+    """Decodes UTF-8 or UTF-16; InputError for other bytes."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if head.startswith((b"PK", b"\x1f\x8b")):
+        raise InputError(f"{path} is packed by zip or gzip: unpack it, or if it is a workbook, call it .xlsx")
+    encoding = "utf-8-sig"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif head.count(0) + head.count(6) > len(head) / 5:  # no byte-order mark; 6: high byte of Arabic
+        encoding = "utf-16-le"
+    try:
+        with open(path, encoding=encoding, newline="") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise InputError(f"{path} is not {error.encoding.upper()} ({byte}): save it as UTF-8, e.g. iconv "
+                         "-f WINDOWS-1256 -t UTF-8") from error
+
+
 def _sheets(path):
     """(name, lines) of each visible sheet."""
     _check_size(path)
@@ -172,6 +194,19 @@ def _sheets(path):
             yield f", sheet {sheet.name!r}", _sheet_lines(workbook.get_sheet_by_name(sheet.name))
 
 
+def _sheet_lines(sheet):
+    """(number, cells); a merged cell's value stands in each of its rows."""
+    rows = sheet.iter_rows()
+    if sheet.merged_cell_ranges:
+        rows = list(rows)
+        for (top, column), (bottom, _) in sheet.merged_cell_ranges:
+            column -= sheet.start[1]  # rows count from the sheet's first, columns from the first that is used
+            for cells in rows[top + 1:bottom + 1]:
+                if 0 <= column < len(cells):
+                    cells[column] = rows[top][column]
+    return enumerate(rows, 1)
+
+
 def _check_size(path):
     """InputError for a workbook that would fill the memory: a sheet is read whole, empty cells included."""
     with zipfile.ZipFile(path) as archive:
@@ -179,65 +214,16 @@ def _check_size(path):
         if unpacked > min(2e9, 1e8 + 50 * path.stat().st_size):
             raise InputError(f"{path} unpacks to {unpacked / 1e6:,.0f} MB: save it as .csv")
         for name in archive.namelist():
-            widest = b""
-            rows = 0
-            end = b""
+            rows = columns = 0
             with archive.open(name) as file:
                 while block := file.read(2 ** 24):
-                    xml = end + block
-                    letters = set(re.findall(rb" r=[\"']([A-Za-z]{1,4})", xml))  # of references like r="AB12"
-                    numbers = set(re.findall(rb" r=[\"'][A-Za-z]*([0-9]{1,9})", xml))
-                    widest = max([widest, *letters], key=lambda letters: (len(letters), letters.upper()))
-                    rows = max([rows, *map(int, numbers)])
-                    end = block[-20:]
-            columns = 0
-            for letter in widest.upper():
-                columns = 26 * columns + letter - 64  # A is 65
+                    cells = re.findall(rb" r=[\"']([A-Za-z]{0,9})([0-9]{1,9})", block)  # as r="AB12"
+                    rows = max([rows, *(int(row) for _, row in cells)])
+                    for letters in {letters.upper() for letters, _ in cells}:
+                        places = enumerate(reversed(letters))
+                        columns = max(columns, sum(26 ** place * (letter - 64) for place, letter in places))
             if columns * rows > MOST_CELLS:
-                raise InputError(f"{path}: {name} has {rows:,} rows and {columns:,} columns, most of them "
-                                 "empty: save what is needed as .csv")
-
-
-def _sheet_lines(sheet):
-    """(number, cells); a merged cell's value stands in each of its rows."""
-    merged = defaultdict(list)  # first row -> [(column, last row)]
-    for (top, column), (bottom, _) in sheet.merged_cell_ranges or ():
-        merged[top].append((column - sheet.start[1], bottom))
-    values = {}  # column -> (value, last row)
-    for row, cells in enumerate(sheet.iter_rows()):
-        for column, (value, bottom) in values.items():
-            if row <= bottom:
-                cells[column] = value
-        for column, bottom in merged.get(row, ()):
-            if column < len(cells):
-                values[column] = cells[column], bottom
-        yield row + 1, cells
-
-
-def _lines_with_text(lines):
-    """(number, texts) of the lines that are not empty."""
-    for number, cells in lines:
-        texts = [_text(cell) for cell in cells]
-        if any(texts):
-            yield number, texts
-
-
-def _check_header(path, header):
-    if not any(header):
-        raise InputError(f"{path} has no rows")
-    if len(header) > MOST_COLUMNS:
-        raise InputError(f"{path} has {len(header):,} columns, {MOST_COLUMNS:,} are allowed: leave some out")
-    for name, count in Counter(filter(None, header)).items():
-        if count > 1:
-            raise InputError(f"{path} has two columns called {name!r}: rename one")
-
-
-def _rows_below_header(header, lines):
-    for number, texts in _lines_with_text(lines):
-        if any(texts[len(header):]):
-            yield number, None
-        else:
-            yield number, dict(zip(header, chain(texts, repeat(""))))
+                raise InputError(f"{path}: {name} has {rows:,} rows and {columns:,} columns: save it as .csv")
 
 
 _QUOTE = re.compile("^'(?=[-=+@])")
@@ -258,25 +244,20 @@ class _Nested(str):
 
 
 def _text(value):
-    """A cell as text, cut to LONGEST_CELL: each line break is a line feed, other control characters but the
-    tab are dropped."""
-    if value is None:
+    """A cell as text, cleaned and cut to LONGEST_CELL; "" for JSON's null and NaN."""
+    if value is None or isinstance(value, float) and not math.isfinite(value):
         return ""
-    if isinstance(value, float):
-        if not math.isfinite(value):  # JSON's NaN
-            return ""
-        if value.is_integer():  # a spreadsheet's 3 is 3.0
-            value = int(value)
+    if isinstance(value, float) and value.is_integer():  # a spreadsheet's 3 is 3.0
+        value = int(value)
     if isinstance(value, (list, dict)):
         return _Nested(_text(json.dumps(value, ensure_ascii=False)))
-    text = str(value)
-    if not text.isprintable():  # most are, and finding that out is cheaper
-        text = clean(text)
-    return text.strip()[:LONGEST_CELL]
+    return clean(str(value)).strip()[:LONGEST_CELL]
 
 
 def clean(text):
     """Each line break as a line feed; no other control characters but the tab."""
+    if text.isprintable():  # most are, and finding that out is cheaper
+        return text
     return _DROPPED.sub("", _LINE_BREAK.sub("\n", text))
 
 
@@ -294,27 +275,19 @@ def find_roles(names, given):
     return found
 
 
-def find_columns(path, names, given, needed, *, weighted):
+def find_columns(path, names, given, needed):
     """{role: column}. names: the table's columns; given: {role: column}, before the usual names; needed:
-    roles; weighted: whether the three of PROBABILITIES must be there or not at all."""
-    shown = ", ".join(islice(names, 20)) + (", ..." if len(names) > 20 else "")
+    roles."""
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     found = find_roles(names, given)
-    for role, name in given.items():
-        if role not in COLUMN_NAMES:
-            raise InputError(f"--columns {role}=...: a role is one of {', '.join(COLUMN_NAMES)}")
-        if role not in found:
-            raise InputError(f"{path} has no column {name!r}; it has {shown}")
-    for name in found.values():
-        if list(found.values()).count(name) > 1:
+    for name, count in Counter(found.values()).most_common(1):
+        if count > 1:
             raise InputError(f"{path}: --columns gives the column {name!r} two roles")
-    if 0 < len(found.keys() & set(PROBABILITIES)) < 3:
-        if weighted or given.keys() & set(PROBABILITIES):
-            raise InputError(f"{path} has some but not all of the columns {', '.join(PROBABILITIES)}")
-        found = {role: name for role, name in found.items() if role not in PROBABILITIES}
-    for role in needed:
+    for role in [*given, *needed]:
         if role not in found:
-            raise InputError(f"{path} has no column for the {role}; it has {shown}. "
-                             f"Name one: --columns {role}=COLUMN")
+            wanted = repr(given[role]) if role in given else f"for the {role}"
+            raise InputError(f"{path} has no column {wanted}; it has {shown}. Name one: --columns "
+                             f"{role}=COLUMN")
     return found
 
 
@@ -323,11 +296,14 @@ def parse_columns(words):
     columns = {}
     for word in words:
         role, _, name = word.partition("=")
-        if not name:
-            raise InputError(f"--columns takes ROLE=COLUMN, not {word!r}")
+        if not name or role not in COLUMN_NAMES:
+            raise InputError(f"--columns takes ROLE=COLUMN, not {word!r}; a role is one of "
+                             f"{', '.join(COLUMN_NAMES)}")
         columns[role] = name
     return columns
 
+
+# --- rows -> pairs ------------------------------------------------------------------------------------------
 
 class Pair(NamedTuple):
     row: int  # in the table
@@ -353,42 +329,38 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     cannot be read counts as missing. InputError where the table cannot be used.
     """
     columns = columns or {}
-    source, names, rows = read_rows(path, needed, columns)
-    found = find_columns(source, names, columns, needed, weighted=probabilities == "required")
-    if probabilities == "required" and "critical" not in found:
-        raise InputError(f"{source} has no severity probabilities: give --classifier RUN, or --weighting "
-                         f"none, or name their columns: --columns {'=COLUMN '.join(PROBABILITIES)}=COLUMN")
+    source, header, lines = read_rows(path, needed, columns)
+    found = find_columns(source, header, columns, needed)
+    if not found.keys() >= set(PROBABILITIES):
+        if probabilities == "required" or columns.keys() & set(PROBABILITIES):
+            raise InputError(f"{source} has not all three severity probabilities: give --classifier RUN, or "
+                             f"--weighting none, or --columns {'=COLUMN '.join(PROBABILITIES)}=COLUMN")
+        found = {role: name for role, name in found.items() if role not in PROBABILITIES}
     print(f"{source}: " + ", ".join(f"{role} = {name!r}" for role, name in found.items()))
-    others = [name for name in names if name not in found.values() or name == found.get("specialty")]
     required = [*needed] if probabilities == "optional" else [*needed, *PROBABILITIES]
+    others = [name for name in header if name not in found.values() or name == found.get("specialty")]
+    rows = (_make_pair(number, texts, header, found, others) for number, texts in lines)
 
     # Where no column says whose it is, a severity that is the likeliest class in every row is a classifier's;
     # in a handful of rows that may be chance
-    predicted = False
-    if "severity_source" not in found and {"severity", "critical"} <= found.keys():
-        head = list(islice(rows, 1000))
-        rows = chain(head, rows)
-        pairs = [_make_pair(number, row, found, others)[0] for number, row in head if row is not None]
-        pairs = [pair for pair in pairs if pair.severity is not None and pair.probabilities]
-        likeliest = [pair.probabilities[pair.severity] == max(pair.probabilities) for pair in pairs]
-        predicted = len(pairs) >= 20 and all(likeliest)
+    head = list(islice(rows, 1000))
+    likeliest = [pair.probabilities[pair.severity] == max(pair.probabilities) for pair, _ in head
+                 if pair.severity is not None and pair.probabilities]
+    predicted = "severity_source" not in found and len(likeliest) >= 20 and all(likeliest)
 
     used = 0
     left_out = defaultdict(list)  # reason -> row numbers
     incomplete = defaultdict(list)
-    for number, row in rows:
-        if row is None:
-            left_out["with more cells than the header"].append(number)
-            continue
-        if any(len(cell) == LONGEST_CELL for cell in row.values()):
-            incomplete[f"with a cell cut to {LONGEST_CELL:,} characters"].append(number)
-        pair, problems = _make_pair(number, row, found, others, predicted)
+    for pair, problems in chain(head, rows):
+        if predicted and pair.severity is not None:
+            pair = pair._replace(severity=None)
+            problems["severity"] = PREDICTED
         reasons = [problems[role] for role in required if role in problems]
         if reasons:
-            left_out[reasons[0]].append(number)
+            left_out[reasons[0]].append(pair.row)
             continue
         for reason in set(problems.values()):
-            incomplete[reason].append(number)
+            incomplete[reason].append(pair.row)
         used += 1
         yield pair
     if not used:
@@ -409,12 +381,14 @@ def _counted(rows_by_reason):
 
 
 _LETTER = re.compile(r"[^\W_]")  # or a digit
+PREDICTED = "with a severity from a classifier, which is no label"
 
 
-def _make_pair(number, row, columns, others, predicted=False):
-    """A Pair of what the row has, and {role: reason} of the columns that lack it or that nobody can read.
-    predicted: severities are a classifier's."""
-    cells = {role: row.get(columns.get(role), "") for role in COLUMN_NAMES}
+def _make_pair(number, texts, header, columns, others):
+    """A Pair of what the row has, and {role: reason} of the `columns` ({role: name}) that lack it or that
+    nobody can read."""
+    row = dict.fromkeys(header, "") | dict(zip(header, texts))
+    cells = {role: row[columns[role]] if role in columns else "" for role in COLUMN_NAMES}
     problems = {}
     for role in ("complaint", "response"):
         text = cells[role]
@@ -426,15 +400,20 @@ def _make_pair(number, row, columns, others, predicted=False):
         problems["severity"] = "without a severity"
     elif severity is None:
         problems["severity"] = "with a severity other than non-critical, neutral, critical"
-    elif predicted or plain(cells["severity_source"]) == "classifier":
+    elif plain(cells["severity_source"]) == "classifier":
         severity = None
-        problems["severity"] = "with a severity from a classifier, which is no label"
+        problems["severity"] = PREDICTED
     probabilities, problem = _parse_probabilities([cells[role] for role in PROBABILITIES])
     if problem:
         problems |= dict.fromkeys(PROBABILITIES, problem)
+    if any(texts[len(header):]):  # which shifts the others
+        problems = dict.fromkeys(columns, "with more cells than the header")
+    problems = {role: reason for role, reason in problems.items() if role in columns}
+    if any(len(text) == LONGEST_CELL for text in texts):
+        problems["cell"] = f"with a cell cut to {LONGEST_CELL:,} characters"
     pair = Pair(number, cells["complaint"], cells["response"], severity, probabilities, cells["specialty"],
-                {name: row.get(name, "") for name in others})
-    return pair, {role: reason for role, reason in problems.items() if role in columns}
+                {name: row[name] for name in others})
+    return pair, problems
 
 
 def _parse_probabilities(cells):
@@ -446,8 +425,7 @@ def _parse_probabilities(cells):
     except ValueError:
         return None, "with a probability that is no number like 0.7 (without %)"
     total = sum(values)
-    if not all(p >= 0 for p in values):  # NaN fails too
-        return None, "with a probability that is negative or NaN"
-    if abs(total - 1) > 0.02:  # three values rounded to two decimals may miss 1 by 0.015
-        return None, "with probabilities that do not sum to 1"
+    # Three values rounded to two decimals may miss 1 by 0.015; NaN fails too
+    if not (min(values) >= 0 and abs(total - 1) <= 0.02):
+        return None, "with probabilities that are negative or do not sum to 1"
     return tuple(p / total for p in values), None

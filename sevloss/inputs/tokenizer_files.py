@@ -6,7 +6,8 @@ absent. The ids are those of the package `transformers`. Its fast tokenizers spl
 (AraBERT's [رابط] and the like); here each is one id, as for its slow tokenizers and as AraBERT was trained.
 """
 
-import json
+import math
+import re
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -30,9 +31,8 @@ def from_vocabulary(ckpt, path) -> Tokenizer:
     if path.name == "vocab.txt":
         family = "bert"
     if family not in DEFAULT_TOKENS or not path.name.startswith("vocab."):
-        raise InputError(f"{path} of a {family} is not read: get a tokenizer.json, which the package "
-                         "`transformers` makes of it with "
-                         "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
+        raise InputError(f"{path} of a {family} is not read: get a tokenizer.json, which `transformers` "
+                         "makes with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
 
     # Special tokens, and those added later: {id: token}
     config = hub.read_optional(ckpt, "tokenizer_config.json")
@@ -41,11 +41,8 @@ def from_vocabulary(ckpt, path) -> Tokenizer:
     else:
         config |= hub.read_optional(ckpt, "special_tokens_map.json")
         added = {i: _token(word) for word, i in hub.read_optional(ckpt, "added_tokens.json").items()}
-    special = {}
-    for name in SPECIAL:
-        value = config.get(name, DEFAULT_TOKENS[family].get(name))
-        if value:
-            special[name] = _token(value, special=True)
+    values = {name: config.get(name, DEFAULT_TOKENS[family].get(name)) for name in SPECIAL}
+    special = {name: _token(value, special=True) for name, value in values.items() if value}
     special_words = {token.content for token in special.values()}
     for token in added.values():
         token.special |= token.content in special_words
@@ -55,14 +52,15 @@ def from_vocabulary(ckpt, path) -> Tokenizer:
         tokenizer = _wordpiece(path, config, special)
     else:
         tokenizer = _byte_level_bpe(ckpt, path, config, family)
-    tokens = {added[i].content: added[i] for i in sorted(added)}
+    tokens = [added[i] for i in sorted(added)]
     for name, token in special.items():  # a default only where the vocabulary has it
         if name in config or tokenizer.token_to_id(token.content) is not None:
-            tokens.setdefault(token.content, token)
-    for value in config.get("additional_special_tokens") or ():
-        token = _token(value, special=True)
-        tokens.setdefault(token.content, token)
-    tokenizer.add_tokens(list(tokens.values()))
+            tokens.append(token)
+    tokens += [_token(value, special=True) for value in config.get("additional_special_tokens") or ()]
+    once = {}
+    for token in tokens:
+        once.setdefault(token.content, token)
+    tokenizer.add_tokens(list(once.values()))
     for i, token in added.items():
         given = tokenizer.token_to_id(token.content)
         if given != i:
@@ -119,12 +117,8 @@ def keep_whole(tokenizer, words):
 def check_growth(tokenizer):
     """InputError for a tokenizer that makes much of little, by rules that each double a text, or a template
     that repeats it."""
-    rules = [json.loads(tokenizer.normalizer.__getstate__())] if tokenizer.normalizer else []
-    growth = 1
-    while rules:
-        rule = rules.pop()
-        rules += rule.get("normalizers", ())
-        growth *= max(1, len(rule.get("content", "")))
+    rules = tokenizer.normalizer.__getstate__().decode() if tokenizer.normalizer else ""
+    growth = math.prod(max(1, len(text)) for text in re.findall('"content":"([^"]*)', rules))
     template = tokenizer.post_processor.__getstate__() if tokenizer.post_processor else b""
     if growth > 100 or template.count(b'"A"') > 10:
         raise ValueError("it makes a text ten times longer, or more")
