@@ -247,7 +247,7 @@ def train(args, run):
     print(compute)
     if args.compile and compute.device.type != "cuda":
         raise InputError("--compile is for a GPU: on a CPU every batch would be compiled anew")
-    if args.shard and (not distributed.started() or compute.dtype == torch.float16):
+    if args.shard and (distributed.ranks() == 1 or compute.dtype == torch.float16):
         raise InputError("--shard needs torchrun, and --dtype bf16 or fp32: torchrun --nproc_per_node 2 "
                          "finetune.py ...")
 
@@ -338,8 +338,6 @@ def train(args, run):
         # forward and backward of each micro-batch; gradients add up
         step_loss = torch.zeros((), device=compute.device)
         for batch in micro_batches:
-            if args.shard:
-                model.set_requires_gradient_sync(batch is micro_batches[-1])
             with compute.autocast():
                 hidden = model(batch.tokens, batch.lengths)  # (N, D)
                 hidden = hidden.index_select(0, batch.supervised_index)  # (S, D)
@@ -381,7 +379,7 @@ def train(args, run):
         bar.update()
 
         # validation and checkpoint; a signal saves the state alone, so that going on comes to the same end
-        stopping = distributed.largest(stop.signal)
+        stopping = max(distributed.gather(stop.signal))
         if (step + 1) % save_every == 0 or step + 1 == steps:
             bar.write(validate_and_save(run, model, tokenizer, optimizer, scaler, encoded.validation, compute,
                                         progress))

@@ -47,7 +47,7 @@ def open_run(out, kind, resume=False):
     if out is None and resume:
         raise InputError("--resume needs the run folder: --out RUN")
     if not is_rank_0():  # rank 0 says which one it is
-        yield distributed.from_rank_0(None)
+        yield distributed.gather(None)[0]
         return
     run = next_run(kind) if out is None else Path(out)
     with lock_folder(run):
@@ -58,7 +58,7 @@ def open_run(out, kind, resume=False):
                                  f"--ckpt {run} --out NEW")
             or_resume = ", or --resume to go on with it" if has_state(run) else ""
             raise InputError(f"{run} exists and is not empty: give another --out{or_resume}")
-        yield distributed.from_rank_0(run)
+        yield distributed.gather(run)[0]
 
 
 def next_run(kind):
@@ -189,7 +189,7 @@ def save_state(run, model, optimizer, scaler, progress):
     learnt = [name for name, p in model.named_parameters() if p.requires_grad]
     weights = distributed.to_write({name: tensors[name] for name in learnt})
     finite = all(weight.isfinite().all() for weight in weights.values())
-    if distributed.largest(int(not finite)):  # rank 0 has seen it, all stop
+    if not all(distributed.gather(finite)):  # rank 0 has seen it, all stop
         raise not_finite(run, f"the weights are not finite after step {progress['step']}")
     moments = optimizer.state_dict()
     for i, tensors in moments["state"].items():

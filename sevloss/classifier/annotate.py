@@ -147,7 +147,7 @@ def _annotate_table(classifier, table, to, columns, compute):
         with interpreting(journal, f"remove {partial}"):
             done.update({name: int(count) for name, count in before["done"].items()})
         print(f"{to}: going on after row {done['rows']:,}")
-    done = distributed.from_rank_0(done)
+    done = distributed.gather(done)[0]
 
     # The next rows; a table that cannot be read is refused before anything is written
     total = sum(1 for _ in tables.read_rows(table, ("complaint",), columns)[2])
@@ -169,7 +169,7 @@ def _annotate_table(classifier, table, to, columns, compute):
                         labelled=sum(pair.severity is not None for pair in chunk))
             done["bytes"] += len(text.getvalue().encode())
             checkpoint.write_json(journal, {"inputs": inputs, "done": done})
-            stop.leave(distributed.largest(stop.signal),
+            stop.leave(max(distributed.gather(stop.signal)),
                        f"{done['rows']:,} rows are kept: the same command goes on")
             chunk = list(islice(pairs, CHUNK))
     stop.waits = False
