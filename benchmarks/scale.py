@@ -71,7 +71,7 @@ SHAPES = {
 def describe(raw, rank=None):
     """Counts of a model's parameters; it is built without memory. raw: its config.json; rank: of LoRA."""
     family = FAMILIES[raw["model_type"]]
-    model = build(family, family.normalize_config(raw, {}))
+    model = build(family, family.normalize(raw, {}))
     if rank:
         lora.attach(model, rank, alpha=rank)
     everything = sum(p.numel() for p in model.parameters())

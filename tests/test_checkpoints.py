@@ -316,7 +316,7 @@ def test_unknown_model_type(edited):
     ({"n_layer": 2},
      "holds 12 tensors that a gpt2 of its config.json has no place for: transformer.h.2.attn.c_attn.bias"),
     ({"layer_norm_epsilon": "1e-5"}, "gives layer_norm_epsilon as '1e-5': write it as 1e-05 is written"),
-    ({"n_layer": "3"}, "gives n_layer as '3': it must be a positive number"),
+    ({"n_layer": "3"}, "gives n_layer as '3': it must be a number from 1 to 1000"),
     ({"n_head": 3}, "n_embd 20 in config.json is not a multiple of n_head 3"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_config_that_does_not_fit(edited, config, message):
@@ -431,7 +431,7 @@ def test_weights_that_are_no_numbers(edited, value):
 
 
 def test_a_million_layers(edited):
-    with refused("gives n_layer as 1,000,000: at most 1,000 blocks are built"):
+    with refused("gives n_layer as 1000000: it must be a number from 1 to 1000"):
         load_model(edited("gpt2", n_layer=10 ** 6))
 
 

@@ -108,7 +108,7 @@ class Bloom(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @staticmethod
-    def normalize_config(raw, names):
+    def normalize(raw, stored):
         """Old files say n_embed or num_attention_heads and num_hidden_layers."""
         old = {"hidden_size": "n_embed", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
         return {**{new: raw[name] for new, name in old.items() if name in raw}, **raw}

@@ -136,9 +136,9 @@ class GPT2(nn.Module):
         self.dropout = nn.Dropout(config.embd_pdrop)
 
     @staticmethod
-    def normalize_config(raw, names):
+    def normalize(raw, stored):
         """config.json as stored -> as meant: AraGPT2-large and -mega are known by their embedding norm."""
-        if any(name.endswith("emb_norm.weight") for name in names):
+        if any(name.endswith("emb_norm.weight") for name in stored):
             return {**raw, "model_type": "aragpt2"}
         return raw
 

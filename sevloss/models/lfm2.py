@@ -150,7 +150,7 @@ class Lfm2(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @staticmethod
-    def normalize_config(raw, names):
+    def normalize(raw, stored):
         """Old files: block_ff_dim, full_attn_idxs and tie_embedding, which go before the new names."""
         new_names = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
         raw = raw | {new: raw[old] for old, new in new_names.items() if old in raw}

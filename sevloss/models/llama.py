@@ -180,7 +180,7 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @staticmethod
-    def normalize_config(raw, names):
+    def normalize(raw, stored):
         """What a config.json of `transformers` may leave out differs between the three."""
         defaults = {"llama": {}, "qwen2": {"max_position_embeddings": 32768},
                     "qwen3": {"max_position_embeddings": 32768, "head_dim": 128}}
