@@ -315,28 +315,26 @@ def test_unknown_model_type(edited):
      "lacks 12 tensors that a gpt2 of its config.json needs: transformer.h.3.ln_1.weight, transformer."),
     ({"n_layer": 2},
      "holds 12 tensors that a gpt2 of its config.json has no place for: transformer.h.2.attn.c_attn.bias"),
-    ({"layer_norm_epsilon": "1e-5"}, "gives layer_norm_epsilon as '1e-5': write it as 1e-05 is written"),
-    ({"n_layer": "3"}, "gives n_layer as '3': it must be a number from 1 to 1000"),
-    ({"n_head": 3}, "n_embd 20 in config.json is not a multiple of n_head 3"),
+    ({"layer_norm_epsilon": "1e-5"}, "config.json cannot be used (TypeError: layer_norm(): argument 'eps'"),
+    ({"n_layer": "3"}, "config.json cannot be used (TypeError: "),
+    ({"n_head": 3}, "config.json cannot be used (RuntimeError: unflatten: Provided sizes [3, 3, -1] don't"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_config_that_does_not_fit(edited, config, message):
     with refused(message):
         load_model(edited("gpt2", **config))
 
 
-@pytest.mark.parametrize("name, whole, part", [
-    ("bert", "hidden_size 20", "num_attention_heads"), ("bloom", "hidden_size 18", "n_head"),
-    ("llama", "num_attention_heads 4", "num_key_value_heads"),
-    ("lfm2", "num_attention_heads 4", "num_key_value_heads")])
-def test_heads_that_do_not_divide(edited, name, whole, part):
-    with refused(f"{whole} in config.json is not a multiple of {part} 7"):
-        load_model(edited(name, **{part: 7}))
+@pytest.mark.parametrize("name, heads", [("bert", "num_attention_heads"), ("bloom", "n_head"),
+                                         ("llama", "num_key_value_heads"), ("lfm2", "num_key_value_heads")])
+def test_heads_that_do_not_divide(edited, name, heads):
+    with refused("config.json cannot be used (RuntimeError: "):
+        load_model(edited(name, **{heads: 7}))
 
 
 def test_config_without_a_size(edited):
     folder = edited("gpt2")
     (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 53}')
-    with refused("config.json of a gpt2 lacks n_positions: get it again"):
+    with refused("config.json cannot be used (TypeError: GPT2Config.__init__() missing 4 required"):
         load_model(folder)
 
 
@@ -431,7 +429,7 @@ def test_weights_that_are_no_numbers(edited, value):
 
 
 def test_a_million_layers(edited):
-    with refused("gives n_layer as 1000000: it must be a number from 1 to 1000"):
+    with refused("asks for 1,000,000 blocks: at most 1,000 are built"):
         load_model(edited("gpt2", n_layer=10 ** 6))
 
 

@@ -1,7 +1,7 @@
 """Checkpoints in and out: load_model, load_tokenizer, save_model; and small models from scratch."""
 
 import re
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -72,13 +72,14 @@ def _load_weights(model, ckpt, stored, dtype, device):
     tied = hasattr(model, "head_weight") and model.config.tie_word_embeddings
     if tied:
         places["lm_head.weight"] = model.head_weight  # some store it once more
+    ignored = getattr(family, "ignored_keys", "^$")
     state = {}
     surplus = []
     for stored_name in list(stored):
         read = stored.pop(stored_name)
         name = _place(stored_name, places, family.prefix)
         if name is None or name in state:
-            if not re.search(family.ignored_keys, stored_name):
+            if not re.search(ignored, stored_name):
                 surplus.append(stored_name)
             continue
         tensor = read()
@@ -96,7 +97,7 @@ def _load_weights(model, ckpt, stored, dtype, device):
         raise InputError(f"{ckpt} holds {len(surplus)} tensors that {what} has no place for: "
                          f"{_some(surplus)}; {advice}")
     missing = [name for name in model.state_dict() if name not in state]
-    needed = [name for name in missing if not name.startswith(family.optional_keys)]
+    needed = [name for name in missing if not name.startswith(getattr(family, "optional_keys", ()))]
     if needed:
         raise InputError(f"{ckpt} lacks {len(needed)} tensors that {what} needs: {_some(needed)}; {advice}")
     if missing:
@@ -145,21 +146,14 @@ def enable_gradient_checkpointing(model):
 
 def build(family, raw):
     """The module on the meta device: shapes and no memory. raw: what config.json says."""
-    sizes = {}
-    for field in fields(family.Config):
-        value = raw.get(field.name, field.default)
-        given = f"config.json of a {raw['model_type']} gives {field.name} as {value!r}"
-        most = 1000 if "layer" in field.name else 2 ** 31  # so that no million of blocks is built
-        if value is MISSING:
-            raise InputError(f"config.json of a {raw['model_type']} lacks {field.name}: get it again")
-        if field.default is MISSING and not (isinstance(value, int) and 0 < value <= most):
-            raise InputError(f"{given}: it must be a number from 1 to {most}")
-        if isinstance(field.default, (int, float)) and not isinstance(value, (int, float, type(None))):
-            raise InputError(f"{given}: write it as {field.default!r} is written")
-        sizes[field.name] = value
-    config = family.Config(**sizes)
-    with torch.device("meta"):  # the values come later
+    names = [field.name for field in fields(family.Config) if field.name in raw]
+    config = family.Config(**{name: raw[name] for name in names})
+    layers = getattr(config, "num_hidden_layers", None) or config.n_layer
+    if layers > 1000:
+        raise InputError(f"config.json asks for {layers:,} blocks: at most 1,000 are built")
+    with torch.device("meta"), torch.no_grad():  # the values come later
         model = family(config)
+        model(torch.zeros(1, dtype=torch.int64), [1])  # raises where sizes do not fit together
     for i in eos_ids(model):
         if not (isinstance(i, int) and 0 <= i < config.vocab_size):
             raise InputError(f"config.json gives eos_token_id {i}, outside the vocabulary of "

@@ -12,7 +12,7 @@ from torch import nn
 
 from sevloss import InputError
 from sevloss.inputs import tables
-from sevloss.models.attention import PackedSequences, check_context, check_heads
+from sevloss.models.attention import PackedSequences, check_context
 
 
 @dataclass
@@ -110,7 +110,6 @@ class Bert(nn.Module):
         if config.hidden_act != "gelu" or config.position_embedding_type != "absolute":
             raise InputError("only BERT with gelu and absolute positions is known; config.json says "
                              f"{config.hidden_act!r} and {config.position_embedding_type!r}")
-        check_heads(config, "hidden_size", "num_attention_heads")
         self.config = config
         self.architecture = "BertModel"
         layers = [Layer(config) for _ in range(config.num_hidden_layers)]
@@ -138,8 +137,10 @@ class Bert(nn.Module):
             new_name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
             stored[new_name.replace("LayerNorm.beta", "LayerNorm.bias")] = stored.pop(name)
         pooler = any("pooler." in name for name in stored)
+        pooling = "first" if pooler else "mean"
         head = [name for name in stored if re.search(r"\b(mean_)?classifier\.", name)]
-        first = any("mean_" not in name for name in head) if head else pooler
+        if head:
+            pooling = "mean" if "mean_classifier." in head[0] else "first"
 
         # a head that is asked for: the stored one, its classes in our order; for other classes a new one
         names = raw.get("id2label") or {}
@@ -153,7 +154,6 @@ class Bert(nn.Module):
                 tensor = stored.pop(name)()
                 if len(rows) == num_labels == len(tensor):
                     stored[name] = tensor[rows].detach
-        pooling = "first" if first else "mean"
         return {**raw, "num_labels": num_labels or 0, "pooler": pooler, "pooling": pooling}
 
     def forward(self, tokens, lengths):
