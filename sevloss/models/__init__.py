@@ -35,79 +35,89 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
     if adapters:
         model = load_model(base, dtype=dtype, device=device, num_labels=num_labels)
         for folder in reversed(adapters):
-            lora.load(model, folder)
+            lora.attach_stored(model, folder)
+            weights = lora.weights(model)
+            stored = hub.open_tensors(hub.find_file(folder, hub.ADAPTERS))
+            adapter = f"{folder}, adapters of {model.base},"
+            for name, tensor in _read(adapter, stored, weights, device, torch.float32).items():
+                weights[name].data = tensor
             lora.merge(model)
             if (folder / "config.json").is_file():  # ours; peft writes none
                 model.raw_config["sevloss"] = hub.read_json(folder / "config.json").get("sevloss", {})
-        model.requires_grad_(True).eval()
-    else:
-        raw = hub.read_json(hub.find_file(ckpt, ("config.json",)))
-        with interpreting(base / "config.json"):
-            if raw.get("model_type") not in FAMILIES:
-                raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are "
-                                 f"{', '.join(FAMILIES)}: take a checkpoint of one of these")
-            if raw.get("quantization_config"):
-                raise InputError(f"{ckpt} holds quantized weights (its config.json has a "
-                                 "quantization_config): take the checkpoint that they were made from")
-            family = FAMILIES[raw["model_type"]]
-            stored = hub.stored_tensors(ckpt)
-            raw["num_labels"] = num_labels
-            if hasattr(family.Config, "eos_token_id"):
-                raw["eos_token_id"] = _end_of_text(ckpt, raw)
-            model = build(family, family.normalize(raw, stored))
-        _load_weights(model, ckpt, stored, dtype, device)
-        model.eval()
-    model.base = hub.full_name(ckpt)
-    return model
+        model.base = hub.full_name(ckpt)
+        return model.requires_grad_(True).eval()
 
+    # ---- config.json decides
+    raw = hub.read_json(hub.find_file(ckpt, ("config.json",)))
+    with interpreting(base / "config.json"):
+        if raw.get("model_type") not in FAMILIES:
+            raise InputError(f"{ckpt} is of model_type {raw.get('model_type')!r}; known are "
+                             f"{', '.join(FAMILIES)}: take a checkpoint of one of these")
+        if raw.get("quantization_config"):
+            raise InputError(f"{ckpt} holds quantized weights (its config.json has a quantization_config): "
+                             "take the checkpoint that they were made from")
+        family = FAMILIES[raw["model_type"]]
+        stored = hub.stored_tensors(ckpt)
+        raw["num_labels"] = num_labels
+        if hasattr(family.Config, "eos_token_id"):
+            raw["eos_token_id"] = _end_of_text(ckpt, raw)
+        model = build(family, family.normalize(raw, stored))
 
-def _load_weights(model, ckpt, stored, dtype, device):
-    """Fills a model on the meta device. stored: {name: function that reads that tensor}, used up here, so
-    that what the file's version of a tensor takes is freed in turn."""
-    # ---- read the tensors that the module has a place for
-    family = type(model)
-    what = f"a {model.config.model_type} of its config.json"
-    advice = "get config.json and the weights from one place"
+    # ---- weights; a tied head may be stored once more
     places = model.state_dict()
+    optional = getattr(family, "optional_keys", ())
     tied = hasattr(model, "head_weight") and model.config.tie_word_embeddings
     if tied:
-        places["lm_head.weight"] = model.head_weight  # some store it once more
+        places["lm_head.weight"] = model.head_weight
+        optional = ("lm_head.weight",)
     ignored = getattr(family, "ignored_keys", "^$")
-    state = {}
-    surplus = []
-    for stored_name in list(stored):
-        read = stored.pop(stored_name)
-        name = _place(stored_name, places, family.prefix)
-        if name is None or name in state:
-            if not re.search(ignored, stored_name):
-                surplus.append(stored_name)
-            continue
-        tensor = read()
-        if tensor.shape != places[name].shape:
-            raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, config.json asks for "
-                             f"{tuple(places[name].shape)}: {advice}")
-        state[name] = tensor.to(device=device, dtype=dtype)
-        if not state[name].sum(dtype=torch.float32).isfinite():
-            raise InputError(f"{ckpt}: {stored_name} has a value that is no number or infinite: take another "
-                             "checkpoint")
+    state = _read(ckpt, stored, places, device, dtype, family.prefix, ignored, optional)
     second_head = state.pop("lm_head.weight", None) if tied else None
-
-    # ---- what is surplus or missing
-    if surplus:
-        raise InputError(f"{ckpt} holds {len(surplus)} tensors that {what} has no place for: "
-                         f"{_some(surplus)}; {advice}")
-    missing = [name for name in model.state_dict() if name not in state]
-    needed = [name for name in missing if not name.startswith(getattr(family, "optional_keys", ()))]
-    if needed:
-        raise InputError(f"{ckpt} lacks {len(needed)} tensors that {what} needs: {_some(needed)}; {advice}")
-    if missing:
-        print(f"initialised, not in the checkpoint or for other classes: {_some(missing)}")
-    for name in missing:
+    new = [name for name in model.state_dict() if name not in state]
+    if new:
+        print(f"initialised, not in the checkpoint or for other classes: {_some(new)}")
+    for name in new:
         state[name] = initial(name, places[name].shape).to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)
     if second_head is not None and not torch.equal(second_head, model.head_weight):
         raise InputError(f"{ckpt}: config.json ties the head to the embedding, but lm_head.weight differs "
                          "from it: to use it, set tie_word_embeddings to false there")
+    model.base = hub.full_name(ckpt)
+    return model.eval()
+
+
+def _read(ckpt, stored, places, device, dtype, prefix="", ignored="^$", optional=()):
+    """{name in `places`: tensor}; InputError where one has no place or another shape, or is missing.
+
+    stored: {name: function that reads that tensor}, used up here, so that what the file's version of a tensor
+    takes is freed in turn. places: {name: tensor of that shape}. prefix: of names, which a file may leave
+    out. ignored: pattern of names that need no place. optional: beginnings of names that may be missing.
+    """
+    state = {}
+    surplus = []
+    advice = "get configuration and weights from one place"
+    for stored_name in list(stored):
+        read = stored.pop(stored_name)
+        name = _place(stored_name, places, prefix)
+        if name is None and re.search(ignored, stored_name):
+            continue
+        if name is None or name in state:
+            surplus.append(stored_name)
+            continue
+        tensor = read()
+        if tensor.shape != places[name].shape:
+            raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, its configuration asks "
+                             f"for {tuple(places[name].shape)}: {advice}")
+        state[name] = tensor.to(device=device, dtype=dtype)
+        if not state[name].sum(dtype=torch.float32).isfinite():
+            raise InputError(f"{ckpt}: {stored_name} has a value that is no number or infinite: take another "
+                             "checkpoint")
+    if surplus:
+        raise InputError(f"{ckpt} holds what its configuration has no place for: {_some(surplus)}; {advice}")
+    missing = [name for name in places if name not in state and not name.startswith(optional)]
+    if missing:
+        raise InputError(f"{ckpt} lacks what its configuration asks for: {_some(missing)}; {advice}")
+    return state
 
 
 def _place(name, places, prefix):
@@ -228,12 +238,14 @@ def save_model(model, tokenizer, folder):
 
     # ---- weights
     if lora.layers(model):
-        lora.save(model, folder)
+        name = "adapter_model.safetensors"
+        state = distributed.to_write(lora.weights(model))
+        write_json(folder / "adapter_config.json", lora.adapter_config(model))
     else:
+        name = "model.safetensors"
         state = distributed.to_write(model.state_dict())
-        write_atomically(folder / "model.safetensors",
-                         lambda path: save_file(state, path, metadata={"format": "pt"}),
-                         sum(tensor.nbytes for tensor in state.values()))
+    write_atomically(folder / name, lambda path: save_file(state, path, metadata={"format": "pt"}),
+                     sum(tensor.nbytes for tensor in state.values()))
 
     # ---- tokenizer; without tokenizer_config.json transformers picks a class by model_type and, for GPT-2,
     # loses the prefix space

@@ -73,9 +73,8 @@ class PackedSequences:
         outputs = []
         # split, not slices: the backward pass of each slice would be as long as q
         for (length, count), qi, ki, vi in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
-            qi = qi.unflatten(0, (count, length)).transpose(1, 2)  # (count, H, length, d)
-            ki = ki.unflatten(0, (count, length)).transpose(1, 2)  # (count, K, length, d)
-            vi = vi.unflatten(0, (count, length)).transpose(1, 2)
+            # (count, H, length, d), twice (count, K, length, d)
+            qi, ki, vi = (t.unflatten(0, (count, length)).transpose(1, 2) for t in (qi, ki, vi))
             if training and q.dtype != torch.float32 and length <= MANUAL_MAX_LENGTH:
                 mask = self._mask(length, slopes, window, q.dtype) if self.causal else None
                 out = manual_attention(qi, ki, vi, mask, scale)

@@ -8,10 +8,9 @@ import math
 import re
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from sevloss import InputError, distributed, interpreting, write_atomically, write_json
+from sevloss import InputError, interpreting
 from sevloss.inputs import hub
 from sevloss.models.gpt2 import Conv1D
 
@@ -107,20 +106,15 @@ def merge(model):
         model.set_submodule(name, layer.merged())
 
 
-def save(model, folder):
-    """adapter_config.json and adapter_model.safetensors, as `peft` writes them."""
-    tensors = distributed.to_write(weights(model))
-    write_atomically(folder / "adapter_model.safetensors",
-                     lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+def adapter_config(model):
+    """adapter_config.json, as `peft` writes it."""
     transposed = any(layer.transposed for layer in layers(model).values())
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base,
-              "bias": "none", "fan_in_fan_out": transposed, "inference_mode": True, **model.lora_config}
-    write_json(folder / "adapter_config.json", config)
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base,
+            "bias": "none", "fan_in_fan_out": transposed, "inference_mode": True, **model.lora_config}
 
 
-def load(model, folder):
-    """Attaches the adapters of `folder`, ours or peft's, to their base model."""
-    # what they are
+def attach_stored(model, folder):
+    """Attaches adapters as the adapter_config.json of `folder`, ours or peft's, describes them."""
     path = folder / "adapter_config.json"
     config = hub.read_json(path)
     unknown = [f"{key} {value!r}" for key, value in config.items() if key not in (*READ, *WITHOUT_EFFECT)
@@ -134,19 +128,3 @@ def load(model, folder):
             raise ValueError(f"r {r}, lora_alpha {alpha}, target_modules {config['target_modules']!r}")
         attach(model, r, alpha=alpha, dropout=config.get("lora_dropout", 0.0),
                targets=config["target_modules"], excluded=config.get("exclude_modules") or ())
-
-    # their weights
-    expected = weights(model)
-    stored = hub.open_tensors(hub.find_file(folder, hub.ADAPTERS))
-    for name in sorted(expected.keys() ^ stored.keys()):
-        raise InputError(f"{folder}: the adapters do not fit the base {config['base_model_name_or_path']}: "
-                         f"{name} is {'missing' if name in expected else 'surplus'}")
-    with torch.no_grad():
-        for name, weight in expected.items():
-            tensor = stored[name]()
-            if tensor.shape != weight.shape:
-                raise InputError(f"{folder}: {name} has shape {tuple(tensor.shape)}, "
-                                 f"the base asks for {tuple(weight.shape)}")
-            if not tensor.isfinite().all():
-                raise InputError(f"{folder}: {name} has a value that is no number or infinite")
-            weight.copy_(tensor)
