@@ -34,14 +34,12 @@ class Compute:
         """"peak memory 1.23 GiB": CUDA's peak allocation, or the process's largest resident size."""
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
+        elif sys.platform == "win32":
+            return "peak memory unknown"
         else:
-            try:
-                import resource
-            except ImportError:  # Windows does not tell
-                return "peak memory unknown"
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            if sys.platform != "darwin":  # macOS counts bytes, Linux kilobytes
-                peak *= 1024
+            import resource  # not on Windows
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return f"peak memory {peak / 2 ** 30:.2f} GiB"
 
     def __str__(self):
@@ -86,10 +84,9 @@ def choose_device(name):
     if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", str(name)):
         raise InputError(f"--device is auto, cpu, cuda or cuda:N, not {str(name)!r}")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+        there_are = torch.cuda.device_count() or "no"
+        raise InputError(f"--device {device}: PyTorch sees {there_are} CUDA devices here; use --device cpu")
     return device
 
 
