@@ -160,16 +160,18 @@ def table_with_severity(args, weighted, compute):
 
 
 def encode_table(args, table, tokenizer, reading, encoding):
-    """data.encoded_table, made by rank 0 where it is not known."""
+    """data.encoded_table. Rank 0 makes it first; then the others find it."""
     validation = None
     if args.validation:  # of which no probabilities are needed
         columns = tables.parse_columns(args.columns)
         columns = {role: column for role, column in columns.items() if role in NEEDED}
         validation = dict(path=args.validation, needed=NEEDED, columns=columns)
-    with distributed.rank_0_first():
-        encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
-                                     supervise=args.supervise, train_rows=args.train_rows,
-                                     validation=validation)
+    if distributed.rank() > 0:
+        distributed.wait_for_all()
+    encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
+                                 supervise=args.supervise, train_rows=args.train_rows, validation=validation)
+    if distributed.rank() == 0:
+        distributed.wait_for_all()
     print(f"{len(encoded.train):,} pairs to train on, {len(encoded.validation):,} to validate on, "
           f"{encoded.test_rows:,} kept for evaluate.py")
     return encoded

@@ -10,7 +10,6 @@ others print their errors. With `shard`, each rank also holds only its part of t
 import atexit
 import os
 import sys
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partialmethod
 
@@ -100,16 +99,6 @@ def gather(value):
 
 def wait_for_all():
     gather(None)
-
-
-@contextmanager
-def rank_0_first():
-    """Rank 0 does what is inside while the others wait; then they do it, and find the files it wrote."""
-    if rank():
-        wait_for_all()
-    yield
-    if not rank():
-        wait_for_all()
 
 
 def _together(collective, *arguments):
