@@ -136,7 +136,7 @@ def choose_compute(args):
     print(compute)
     if args.compile and compute.device.type != "cuda":
         raise InputError("--compile is for a GPU: on a CPU every batch would be compiled anew")
-    if args.shard and (distributed.ranks() == 1 or compute.dtype == torch.float16):
+    if args.shard and (not torch.distributed.is_initialized() or compute.dtype == torch.float16):
         raise InputError("--shard needs torchrun, and --dtype bf16 or fp32: torchrun --nproc_per_node 2 "
                          "finetune.py ...")
     return compute
@@ -302,6 +302,20 @@ def save_best(run, model, tokenizer, progress):
     checkpoint.write_json(run / "validation.json", progress["validation"])
 
 
+def finish(run, args, tokenizer, progress, compute):
+    """--merge, and what is printed at the end."""
+    if not progress["updates"]:
+        raise InputError(f"fp16 skipped all {progress['step']} steps, nothing was learned: start anew with "
+                         "--dtype fp32")
+    print(f"best NLL {progress['best']:.4f}, at step {progress['best_step']}; {compute.peak_memory()}")
+    if args.merge:
+        distributed.wait_for_all()  # until rank 0 has written the best model
+        save_model(load_model(run), tokenizer, run / "merged")
+        print(f"wrote {run}/merged")
+    test_table = " --data TABLE --split all" if args.validation else ""
+    print(f"wrote {run}\nnext: python evaluate.py {run}{test_table}")
+
+
 @report_errors
 def main():
     args = parse_arguments()
@@ -344,7 +358,7 @@ def train(args, run):
     steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
     save_every = args.save_every or steps_per_epoch
 
-    # ---- resume, or begin
+    # ---- resume, or begin; run.json holds, beside the arguments:
     record = dict(coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT, compute=str(compute),
                   table=str(table), columns=reading["columns"], steps=steps,
                   data_fingerprint=encoded.fingerprint,
@@ -423,17 +437,7 @@ def train(args, run):
             stop.leave(stopping, f"saved after step {step + 1} of {steps}: --resume --out {run} goes on")
     stop.waits = False
     bar.close()
-
-    # ---- what there is now
-    if not progress["updates"]:
-        raise InputError(f"fp16 skipped all {steps} steps, nothing was learned: start anew with --dtype fp32")
-    print(f"best NLL {progress['best']:.4f}, at step {progress['best_step']}; {compute.peak_memory()}")
-    if args.merge:
-        distributed.wait_for_all()  # until rank 0 has written the best model
-        save_model(load_model(run), tokenizer, run / "merged")
-        print(f"wrote {run}/merged")
-    test_table = " --data TABLE --split all" if args.validation else ""
-    print(f"wrote {run}\nnext: python evaluate.py {run}{test_table}")
+    finish(run, args, tokenizer, progress, compute)
 
 
 if __name__ == "__main__":
