@@ -1,14 +1,21 @@
-"""Does the weighting help, and for whom? The same data, model and seeds with w = 1, mild, balanced, strong,
-and a control.
+"""Does the weighting shift a model towards critical complaints, and how much of that is the classifier?
 
-    python benchmarks/experiment.py --data maqa_severity.jsonl --ckpt aragpt2-base --out runs/experiment
-                                    [--seeds 5] [--finetune ARGUMENTS] [--evaluate ARGUMENTS]
+    python benchmarks/experiment.py --data severity.jsonl --ckpt aragpt2-base --out runs/experiment
+    python benchmarks/experiment.py --from docs/experiment      # the tables and the picture again, no model
 
-The control is `balanced` with the probabilities shuffled among the training rows (one permutation for all
-seeds): the same weights, on the wrong complaints. If it does as well as `balanced`, it is not the severity
-that helps. Runs differ in nothing but weights and seed; each is a call of finetune.py and of evaluate.py,
-and what is done is not done again, so the experiment can be stopped and called again. At the end: table.md,
-a report in OUT/report, of every setting against w = 1, and one in OUT/against-shuffled.
+Weights are 1 - k, 1, 1 + k for non-critical, neutral and critical. The settings differ in k and in whose
+probabilities they use: the table's labels (one-hot: the best that any classifier could give), the table's
+probabilities (a classifier's), or either of them shuffled among the training rows: the same weights, on the
+wrong complaints. A table without labels: --settings none strong-classifier strong-classifier-shuffled.
+
+Seed s is tested on the rows of fold s of `--folds` and trained on all others, so that each seed brings test
+rows of its own: differences between seeds hold the chance of the rows too, and a t test over seeds is right.
+The folds follow from the complaints' hash. Within a seed all settings have the same rows, order and steps.
+The last step is evaluated: there is one save, so nothing is chosen by the test rows.
+
+Each run is a call of finetune.py and of evaluate.py. What is kept of it is OUT/SETTING-SEED.tsv: row, NLL of
+the reference (nats, summed over its tokens), tokens. Runs that have this file are not made again, so the
+experiment can be stopped, called again, and shared by several calls with different --seeds.
 """
 
 import argparse
@@ -18,28 +25,57 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from turns import ROOT
 
-from sevloss import InputError, checkpoint, data, report_errors
+from sevloss import InputError, data, report_errors, write_atomically, write_text
 from sevloss.classifier.annotate import write_rows
-from sevloss.inputs import hub, tables
+from sevloss.evaluation import compare, findings
+from sevloss.inputs import tables
+from sevloss.severity import CLASSES, class_name
 
-SETTINGS = {  # name -> weighting
-    "none": "none", "mild": "mild", "balanced": "balanced", "strong": "strong", "shuffled": "balanced"}
-SCORES = ("NLL", "BERTScore F1", "chrF", "ROUGE-L", "urgent")
+SETTINGS = {  # in the order in which they are run: name -> k, whose probabilities
+    "none": (0, "labels"),
+    "strong-labels": (0.75, "labels"),
+    "strong-labels-shuffled": (0.75, "labels-shuffled"),
+    "one-labels": (1, "labels"),
+    "balanced-labels": (0.5, "labels"),
+    "strong-classifier": (0.75, "classifier"),
+    "balanced-classifier": (0.5, "classifier"),
+    "strong-classifier-shuffled": (0.75, "classifier-shuffled")}
+PRIMARY = ("strong-labels", "strong-labels-shuffled")
 
 
-def write_shuffled(table, path):
-    """The table with the probabilities of its training rows shuffled among them; other rows keep theirs."""
-    pairs = tables.read_pairs(table, needed=("complaint", "response"), probabilities="required")
-    train = [i for i, pair in enumerate(pairs) if data.split_of(pair.complaint) == "train"]
-    shuffled = list(train)
-    random.Random(0).shuffle(shuffled)
-    probabilities = torch.tensor([pair.probabilities for pair in pairs], dtype=torch.float64)  # (n, 3)
-    probabilities[train] = probabilities[shuffled]
-    with open(path, "w", encoding="utf-8") as file:
-        write_rows(file, ".jsonl", pairs, probabilities, header=False)
+# --- the runs -----------------------------------------------------------------------------------------------
+
+def fold_of(complaint, folds):
+    return int(data.hash_fraction(complaint, "experiment") * folds)
+
+
+def probabilities_of(pairs, source, seed):
+    """(n, 3) of the training rows of a seed. source: labels, classifier, or one of them shuffled."""
+    if source.startswith("labels"):
+        if any(pair.severity is None for pair in pairs):
+            raise InputError("rows without a label: choose --settings without labels, see --help")
+        rows = torch.eye(3, dtype=torch.float64)[[pair.severity for pair in pairs]]
+    else:
+        rows = torch.tensor([pair.probabilities for pair in pairs], dtype=torch.float64)
+    if source.endswith("shuffled"):
+        order = list(range(len(pairs)))
+        random.Random(seed).shuffle(order)
+        rows = rows[order]
+    return rows
+
+
+def write_table(path, pairs, probabilities):
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            write_rows(file, ".jsonl", pairs, probabilities, header=False)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, write)
 
 
 def call(script, *arguments):
@@ -49,75 +85,190 @@ def call(script, *arguments):
         raise InputError(f"{script} failed, with the message above; what was done stays: call this again")
 
 
-def is_finished(run):
-    if not (run / "validation.json").is_file():
-        return False
-    last_step, _ = json.loads((run / "validation.json").read_text())[-1]
-    return last_step == hub.read_json(run / "run.json")["steps"]
+def make_run(pairs, setting, seed, args, out):
+    """Trains and evaluates one run, and keeps what the test rows got."""
+    k, source = SETTINGS[setting]
+    fold = seed % args.folds
+    train = [pair for pair in pairs if fold_of(pair.complaint, args.folds) != fold]
+    test = [pair for pair in pairs if fold_of(pair.complaint, args.folds) == fold]
+    train_table = out / "tables" / f"{source}-{seed}.jsonl"
+    test_table = out / "tables" / f"test-{seed}.jsonl"
+    write_table(train_table, train, probabilities_of(train, source, seed))
+    write_table(test_table, test, probabilities_of(test, source.removesuffix("-shuffled"), seed))
+
+    run = out / "runs" / f"{setting}-{seed}"
+    resume = ["--resume"] if run.exists() else []
+    call("finetune.py", "--ckpt", args.ckpt, "--data", train_table, "--validation", test_table,
+         "--weighting", f"{1 - k},1,{1 + k}", "--seed", seed, "--save-every", 10**9, "--out", run,
+         *args.finetune.split(), *resume)
+    call("evaluate.py", run, "--data", test_table, "--split", "all", "--rows", len(test),
+         "--max-new-tokens", 0, *args.evaluate.split())
+
+    answers, = (run / "evaluation").glob("answers-*.jsonl")
+    answers = findings.load_answers(answers).rows  # in the test table's order
+    lines = []
+    for pair, answer in zip(test, answers, strict=True):
+        lines.append(f"{pair.row}\t{answer.nll:.4f}\t{answer.tokens}\n")
+    write_text(out / f"{setting}-{seed}.tsv", "row\tnll\ttokens\n" + "".join(lines))
 
 
-def train(run, weighting, seed, table, args):
-    """Trains the run, or goes on with it, or leaves it if it is finished."""
-    if not is_finished(run):
-        resume = ["--resume"] if (run / "state").is_dir() else []
-        call("finetune.py", "--ckpt", args.ckpt, "--data", table, "--weighting", weighting, "--seed", seed,
-             "--out", run, *args.finetune.split(), *resume)
+def make_runs(args):
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    pairs = tables.read_pairs(args.data, needed=("complaint", "response"), probabilities="required")
+    lines = [f"{pair.row}\t{class_name(pair.severity, pair.probabilities)}\n" for pair in pairs]
+    write_text(out / "rows.tsv", "row\tclass\n" + "".join(lines))
+    about = {"ckpt": str(args.ckpt), "folds": args.folds, "finetune": args.finetune,
+             "evaluate": args.evaluate, "rows": len(pairs), "data_fingerprint": str(data.Fingerprint(pairs))}
+    write_text(out / "about.json", json.dumps(about, indent=1) + "\n")
+    for setting in args.settings:
+        for seed in args.seeds:
+            if not (out / f"{setting}-{seed}.tsv").exists():
+                make_run(pairs, setting, seed, args, out)
 
 
-def markdown_table(evaluation, settings):
-    """Lines: the mean of each score, by group of rows and setting."""
-    means = {(m["setting"], m["score"], m["group"]): m for m in evaluation["means"]}
-    columns = [score for score in SCORES if score in evaluation["score_names"]]
-    lines = [f"| rows | setting | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
-    for group, rows in evaluation["groups"].items():
-        if group.startswith("specialty"):
-            continue
-        for setting, name in settings.items():
-            cells = []
-            for column in columns:
-                m = means[setting, column, group]
-                spread = "" if m["sd_seeds"] is None else f" ± {m['sd_seeds']:.4f}"
-                cells.append(f"{m['value']:.4f}{spread}")
-            lines.append(f"| {group} ({rows:,}) | {name} | {' | '.join(cells)} |")
+# --- what came out ------------------------------------------------------------------------------------------
+
+def read_results(folder):
+    """{setting: {seed: {group: NLL per token, mean over rows}}} of a folder; groups: all, each class, and
+    contrast, which is critical minus non-critical: as in evaluate.py."""
+    classes = dict(line.split("\t") for line in (folder / "rows.tsv").read_text().splitlines()[1:])
+    results = {}
+    for setting in SETTINGS:
+        for path in sorted(folder.glob(f"{setting}-*.tsv")):
+            seed = path.stem.removeprefix(f"{setting}-")
+            if not seed.isdigit():  # of a setting whose name is longer
+                continue
+            values = {name: [] for name in ("all", *CLASSES)}
+            for line in path.read_text().splitlines()[1:]:
+                row, nll, tokens = line.split("\t")
+                for name in ("all", classes[row].removeprefix("predicted ")):
+                    values[name].append(float(nll) / int(tokens))
+            groups = {name: np.mean(of_rows) for name, of_rows in values.items()}
+            groups["contrast"] = groups["critical"] - groups["non-critical"]
+            results.setdefault(setting, {})[int(seed)] = groups
+    if not results:
+        raise InputError(f"{folder} holds no results: files such as none-0.tsv")
+    return results
+
+
+def t_test(values):
+    """compare.Estimate of the mean of one value a seed, against 0."""
+    n = len(values)
+    error = np.std(values, ddof=1) / n**0.5
+    margin = compare.student_quantile(0.05, n - 1) * error
+    mean = np.mean(values)
+    return compare.Estimate(mean, mean - margin, mean + margin, error, n - 1, np.nan, n,
+                            p=compare.student_p(mean, error, n - 1))
+
+
+def difference(results, setting, control, group):
+    """The t test of setting minus control over the seeds that both have; None of fewer than three."""
+    a, b = results.get(setting, {}), results.get(control, {})
+    seeds = sorted(a.keys() & b.keys())
+    if len(seeds) < compare.FEWEST_SEEDS:
+        return None
+    return t_test([a[seed][group] - b[seed][group] for seed in seeds])
+
+
+def slope(results):
+    """The t test of the contrast's slope over k, one least-squares line a seed through the settings with
+    labels; None of fewer than three seeds that have them all."""
+    with_labels = [name for name in results if SETTINGS[name][1] == "labels"]
+    by_k = {SETTINGS[name][0]: results[name] for name in with_labels}
+    seeds = sorted(set.intersection(*(set(seeds) for seeds in by_k.values())))
+    if len(seeds) < compare.FEWEST_SEEDS or len(by_k) < 3:
+        return None
+    return t_test([np.polyfit(list(by_k), [by_k[k][seed]["contrast"] for k in by_k], 1)[0] for seed in seeds])
+
+
+def sentence(name, test, p, alpha):
+    found = "found" if p < 0.05 else "not found"
+    detectable = compare.detectable_difference(test, alpha)
+    return (f"| {name} | {test.value:+.4f} [{test.low:+.4f}, {test.high:+.4f}] | {test.seeds} | {p:.3f} | "
+            f"{found} | {detectable:.4f} |")
+
+
+def tests_table(results):
+    """Markdown lines: the primary test alone at 0.05, the slope, and all others under Holm together."""
+    lines = ["| test | difference in nats [95% interval] | seeds | p | an effect is | would be found (80%) |",
+             "|---|---|---|---|---|---|"]
+    if primary := difference(results, *PRIMARY, "contrast"):
+        lines.append(sentence(f"primary: contrast, {' minus '.join(PRIMARY)}", primary, primary.p, 0.05))
+    if second := slope(results):
+        lines.append(sentence("second: slope of the contrast over k", second, second.p, 0.05))
+    others = {}
+    for setting in results:
+        for group in ("contrast", "all", *CLASSES):
+            name = f"{'NLL of ' * (group != 'contrast')}{group}, {setting} minus none"
+            if setting != "none" and (test := difference(results, setting, "none", group)):
+                others[name] = test
+    if test := difference(results, "strong-classifier", "strong-classifier-shuffled", "contrast"):
+        others["contrast, strong-classifier minus its shuffled control"] = test
+    adjusted = compare.holm([test.p for test in others.values()])
+    for (name, test), p in zip(others.items(), adjusted):
+        lines.append(sentence(name, test, p, 0.05 / len(others)))
     return lines
+
+
+def means_table(results):
+    """Markdown lines: NLL per token, mean of the rows, and its mean and standard deviation over seeds."""
+    groups = ("all", *CLASSES, "contrast")
+    lines = [f"| setting | k | seeds | {' | '.join(groups)} |", "|---" * (3 + len(groups)) + "|"]
+    for setting, seeds in results.items():
+        cells = []
+        for group in groups:
+            values = [value[group] for value in seeds.values()]
+            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.4f}{spread}")
+        lines.append(f"| {setting} | {SETTINGS[setting][0]} | {len(seeds)} | {' | '.join(cells)} |")
+    return lines
+
+
+def draw_dose_response(results, path):
+    """The contrast's change against `none`, with 95% intervals, over k; a line for each source."""
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    for source, colour in (("labels", "C3"), ("classifier", "C0"), ("labels-shuffled", "C7"),
+                           ("classifier-shuffled", "C8")):
+        points = []
+        for setting, (k, whose) in SETTINGS.items():
+            if whose == source and k and (test := difference(results, setting, "none", "contrast")):
+                points.append((k, test.value, test.value - test.low))
+        if points:
+            k, change, margin = zip(*sorted([(0, 0, 0), *points]))
+            axes.errorbar(k, change, margin, color=colour, capsize=3, marker="o", label=source)
+    axes.axhline(0, color="0.8", zorder=0)
+    axes.set(xlabel="k (weights 1 - k, 1, 1 + k)", ylabel="change of the contrast (nats per token)",
+             title="NLL of critical minus non-critical test rows, against k = 0")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.tight_layout()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    plt.close(figure)
 
 
 @report_errors
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=tables.SAMPLE, help="table with severity probabilities")
+    parser.add_argument("--from", dest="folder", metavar="FOLDER", help="only evaluate the results there")
+    parser.add_argument("--data", default=tables.SAMPLE, help="table with labels and severity probabilities")
     parser.add_argument("--ckpt", default="tiny")
     parser.add_argument("--settings", choices=SETTINGS, nargs="+", default=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--folds", type=int, default=10)
     parser.add_argument("--out", default="runs/experiment")
-    parser.add_argument("--finetune", default="", metavar="ARGUMENTS", help='e.g. "--epochs 2 --lr 1e-4"')
-    parser.add_argument("--evaluate", default="", metavar="ARGUMENTS", help='e.g. "--rows 500"')
+    parser.add_argument("--finetune", default="", metavar="ARGUMENTS", help='e.g. "--lora 16 --lr 2e-4"')
+    parser.add_argument("--evaluate", default="", metavar="ARGUMENTS", help='e.g. "--dtype fp32"')
     args = parser.parse_args()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    shuffled = out / "shuffled.jsonl"
-    if not shuffled.exists():
-        checkpoint.write_atomically(shuffled, lambda path: write_shuffled(args.data, path))
-
-    # Train, seed by seed, then evaluate all runs together
-    runs = {}  # run -> name of its setting
-    for seed in range(args.seeds):
-        for name in args.settings:
-            run = out / f"{name}-{seed}"
-            train(run, SETTINGS[name], seed, shuffled if name == "shuffled" else args.data, args)
-            runs[str(run)] = name
-    evaluate = ["evaluate.py", *runs, "--data", args.data, "--answers", 0, *args.evaluate.split()]
-    call(*evaluate, "--out", out / "report")
-    if "shuffled" in args.settings:
-        call(*evaluate, "--out", out / "against-shuffled", "--against", out / "shuffled-0")
-
-    evaluation = hub.read_json(out / "report" / "evaluation.json")
-    settings = {setting["name"]: runs[setting["runs"][0]] for setting in evaluation["settings"]}
-    lines = markdown_table(evaluation, settings)
-    checkpoint.write_lines(out / "table.md", lines)
-    print("\n".join(lines))
-    print(f"± is the standard deviation over seeds; verdicts stand above and in the reports; wrote {out}")
+    if not args.folder:
+        make_runs(args)
+    folder = Path(args.folder or args.out)
+    results = read_results(folder)
+    text = "\n".join([*means_table(results), "", *tests_table(results)]) + "\n"
+    write_text(folder / "table.md", text)
+    draw_dose_response(results, folder / "dose-response.png")
+    print(f"{text}\nwrote {folder / 'table.md'} and {folder / 'dose-response.png'}")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from sevloss import data
+from sevloss import InputError, data, device
 from sevloss.inputs import tables
-from sevloss.models import from_scratch, load_model, lora
+from sevloss.models import from_scratch, load_model, lora, save_model
+from sevloss.models.tiny import tiny_gpt2
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIZE = "--layers 1 --width 64 --vocabulary 500"
@@ -146,28 +148,90 @@ def test_a_missing_peer_is_said(load):
 
 # ------------------------------------------------------------------ experiment.py
 
-def test_experiment(run, load, tmp_path):
-    """A run and its control, the table; and runs that are finished are known as such."""
-    printed = run("experiment.py", "--settings none shuffled --seeds 1 --out out --finetune=--max-steps=1 "
-                                   "--evaluate=--max-new-tokens=1")
+def test_experiment(run, tmp_path):
+    """Runs are trained, tested and kept as numbers; the tables come again from these alone; what is there is
+    not made again."""
+    command = "experiment.py --settings none strong-labels --seeds 0 --out out --finetune=--max-steps=1"
+    printed = run(*command.split(" ", 1))
+    lines = (tmp_path / "out" / "none-0.tsv").read_text().splitlines()
+    assert lines[0] == "row\tnll\ttokens" and len(lines) > 10
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
-    assert table.startswith("| rows | setting | NLL | chrF | ROUGE-L | urgent |")
-    assert table in printed and "| none |" in table and "| shuffled |" in table
-    assert load("experiment").is_finished(tmp_path / "out" / "shuffled-0")
-    (tmp_path / "out" / "shuffled-0" / "validation.json").unlink()
-    assert not load("experiment").is_finished(tmp_path / "out" / "shuffled-0")
+    assert "| none | 0 | 1 |" in table and "| strong-labels | 0.75 | 1 |" in table and table in printed
+    printed = run(*command.split(" ", 1))
+    assert table in printed and "finetune.py" not in printed
+    assert table in run("experiment.py", "--from out")
 
 
-def test_shuffled_probabilities(load, tmp_path):
-    """The control has the same rows, and probabilities have changed places among the training rows alone."""
-    load("experiment").write_shuffled(tables.SAMPLE, tmp_path / "shuffled.jsonl")
-    before = tables.read_pairs(tables.SAMPLE, needed=("complaint", "response"))
-    after = tables.read_pairs(tmp_path / "shuffled.jsonl", needed=("complaint", "response"))
-    for name in ("complaint", "response", "severity"):
-        assert [getattr(pair, name) for pair in before] == [getattr(pair, name) for pair in after]
-    before_p = torch.tensor([pair.probabilities for pair in before])
-    after_p = torch.tensor([pair.probabilities for pair in after])
-    moved = (before_p - after_p).abs().amax(1) > 1e-5
-    train = torch.tensor([data.split_of(pair.complaint) == "train" for pair in before])
-    assert moved.sum() > 0.9 * train.sum() and not (moved & ~train).any()
-    torch.testing.assert_close(after_p.sort(0).values, before_p.sort(0).values, rtol=0, atol=1e-5)
+def test_probabilities_of_the_experiment(load):
+    """Labels are one-hot; the control has the same weights on other complaints; labels that are missing are
+    not made up."""
+    experiment = load("experiment")
+    pairs = tables.read_pairs(tables.SAMPLE, needed=("complaint", "response"))
+    labels = experiment.probabilities_of(pairs, "labels", 0)
+    assert labels.argmax(1).tolist() == [pair.severity for pair in pairs] and (labels.sum(1) == 1).all()
+    for source in ("labels", "classifier"):
+        rows = experiment.probabilities_of(pairs, source, 0)
+        shuffled = experiment.probabilities_of(pairs, f"{source}-shuffled", 0)
+        assert (rows != shuffled).any(1).float().mean() > 0.5
+        torch.testing.assert_close(rows.sort(0).values, shuffled.sort(0).values)
+    with pytest.raises(InputError, match="without a label"):
+        experiment.probabilities_of([pair._replace(severity=None) for pair in pairs], "labels", 0)
+
+
+def test_verdicts_of_the_experiment(load, tmp_path):
+    """An effect that is there in every seed is found, with its size; one that is not is not; the contrast is
+    the mean of critical rows minus that of non-critical ones."""
+    experiment = load("experiment")
+    (tmp_path / "rows.tsv").write_text("row\tclass\n1\tnon-critical\n2\tneutral\n3\tpredicted critical\n")
+    generator = np.random.default_rng(0)
+    for seed in range(6):
+        for k, setting in ((0, "none"), (0.5, "balanced-labels"), (0.75, "strong-labels"),
+                           (0.75, "strong-labels-shuffled"), (1, "one-labels")):
+            effect = 0.0 if setting.endswith("shuffled") else -0.1 * k
+            nll = 3 + effect + generator.normal(0, 0.005)  # per token, of 2 tokens
+            (tmp_path / f"{setting}-{seed}.tsv").write_text(
+                f"row\tnll\ttokens\n1\t4\t2\n2\t5\t2\n3\t{2 * nll}\t2\n")
+    results = experiment.read_results(tmp_path)
+    assert len(results) == 5 and sorted(results["strong-labels"]) == list(range(6))
+    assert results["none"][0]["non-critical"] == 2 and abs(results["none"][0]["contrast"] - 1) < 0.05
+    primary = experiment.difference(results, *experiment.PRIMARY, "contrast")
+    assert primary.p < 1e-4 and primary.low < -0.075 < primary.high
+    second = experiment.slope(results)
+    assert second.p < 1e-4 and second.low < -0.1 < second.high
+    assert experiment.difference(results, "strong-labels-shuffled", "none", "contrast").p > 0.05
+    table = "\n".join(experiment.tests_table(results))
+    assert "| found |" in table and "| not found |" in table
+
+
+def test_ensemble(run, tmp_path, load):
+    """Every row gets probabilities, from members that have not seen it: with labels drawn by chance they are
+    no better than chance, which a leak would be."""
+    printed = run("ensemble.py", "--to new.jsonl")
+    pairs = tables.read_pairs(tmp_path / "new.jsonl", needed=("complaint", "response"), probabilities="required")
+    assert len(pairs) == 240 and "all of them" in printed and "mean by true class" in printed
+    ensemble = load("ensemble")
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (200,), generator=generator)
+    fold = torch.arange(200) % ensemble.FOLDS
+    features = torch.randn(200, 50, generator=generator)
+    logits = ensemble.linear_member(features, labels, fold)
+    assert (logits.argmax(1) == labels).float().mean() < 0.5
+    features[:, 0] = labels.float()
+    logits = ensemble.linear_member(features, labels, fold)
+    assert (logits.argmax(1) == labels).float().mean() > 0.55
+
+
+def test_features_are_means_of_a_block(load, tmp_path):
+    model, tokenizer = tiny_gpt2(["عندي صداع شديد", "الم"])
+    save_model(model, tokenizer, tmp_path / "model")
+    texts = ["الم", "عندي صداع شديد", "صداع"]
+    compute = device.choose("cpu", "fp32")
+    x = load("ensemble").features(tmp_path / "model", 0, texts, compute)
+    model.eval()
+    output = []
+    model.blocks[0].register_forward_hook(lambda module, inputs, hidden: output.append(hidden))
+    with torch.no_grad():
+        for text in texts:
+            tokens, lengths = data.pack([tokenizer.encode(text).ids])
+            model(tokens, lengths)
+    torch.testing.assert_close(x, torch.stack([hidden.mean(0) for hidden in output]))

@@ -29,6 +29,9 @@ def test_variants_of_a_complaint_stand_on_the_same_side():
     for i in range(200):
         assert len({data.split_of(f"{text} {i}") for text in SAME}) == 1
     assert len({data.complaint_id(text) for text in SAME}) == 1
+    written = ["أعاني من ألم في المعدة وحمى منذ 12 يوما إلى الآن", "اعاني من الم في المعده وحمي منذ ١٢ يوما الي الان",
+               "أعانی من آلم فی المعدة وحمى منذ ۱۲ یوما إلى الآن"]  # Farsi ya and digits in the last
+    assert len({data.complaint_id(text) for text in written}) == 1
     assert data.complaint_id("Chest PAIN") == data.complaint_id("chest pain")
     assert data.complaint_id("؟؟") != data.complaint_id("!!")  # nothing but punctuation: taken as it is
     assert data.complaint_id("ألم 3") != data.complaint_id("ألم 4")
