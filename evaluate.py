@@ -198,7 +198,9 @@ def answer_rows(name, run, pairs, protocol, args, path):
             new_ids = generate(model, [prompts[i] for i in own], max_new_tokens=args.max_new_tokens,
                                eos_ids=eos_ids(model), temperature=args.temperature, top_p=args.top_p,
                                seed=args.seed)
-            generated = distributed.gather(dict(zip(own, new_ids)))
+            generated = {}
+            for rank_answers in distributed.gather(dict(zip(own, new_ids))):
+                generated.update(rank_answers)
             lines = ""
             for i in part:
                 pair, ids = pairs[i], generated[i]
@@ -210,8 +212,8 @@ def answer_rows(name, run, pairs, protocol, args, path):
             checkpoint.append(path, lines, to_disk=True)
             bar.update(len(part))
             stop.waits = False  # before the look: one that comes later stops at once
-            stop.leave(distributed.largest(stop.signal), "the answers so far are kept; the same command "
-                                                         "goes on")
+            stop.leave(max(distributed.gather(stop.signal)), "the answers so far are kept; the same command "
+                                                             "goes on")
     distributed.wait_for_all()  # until rank 0 has written the last of them
 
 

@@ -48,8 +48,8 @@ from sevloss.severity import parse_weighting
 # are given go before a recipe's.
 RECIPES = {"default": {}, "paper": dict(
     supervise="row", max_length=512, train_rows=20_000, epochs=3.0, batch_size=8, lr=2e-4, warmup=0.0,
-    weight_decay=0.0,
-    clip=1.0, lora=16, lora_alpha=32.0, lora_dropout=0.05)}
+    weight_decay=0.0, clip=1.0, lora=16, lora_alpha=32.0, lora_dropout=0.05)}
+NEEDED = ("complaint", "response")
 
 
 # --- configuration ------------------------------------------------------------------------------------------
@@ -125,24 +125,67 @@ def parse_arguments():
         raise InputError("--merge and --lora-targets belong to --lora R")
     if args.lora_dropout >= 1:
         raise InputError(f"--lora-dropout must be less than 1, not {args.lora_dropout}")
+    for table in (args.data, args.validation):
+        if table:
+            data.file_fingerprint(table)  # refuses one that is not there, before anything is computed
     return args
+
+
+def choose_compute(args):
+    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny",
+                            deterministic=args.deterministic)
+    print(compute)
+    if args.compile and compute.device.type != "cuda":
+        raise InputError("--compile is for a GPU: on a CPU every batch would be compiled anew")
+    if args.shard and (not torch.distributed.is_initialized() or compute.dtype == torch.float16):
+        raise InputError("--shard needs torchrun, and --dtype bf16 or fp32: torchrun --nproc_per_node 2 "
+                         "finetune.py ...")
+    return compute
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+def table_with_severity(args, weighted, compute):
+    """(path of the table to train on, arguments of tables.usable_pairs). Its severity probabilities are the
+    table's own, or those of a classifier."""
+    table = args.data
+    columns = tables.parse_columns(args.columns)
+    probabilities = "required" if weighted else "if present"  # every weighting trains on the same rows
+    if args.classifier and weighted:
+        table = annotate.annotated(args.classifier, table, columns, compute)
+        columns = {}
+    elif args.classifier:
+        probabilities = "optional"
+        print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not used")
+    return table, dict(needed=NEEDED, probabilities=probabilities, columns=columns)
+
+
+def encode_table(args, table, tokenizer, reading, encoding):
+    """data.encoded_table. Rank 0 makes it first; then the others find it."""
+    validation_reading = None
+    if args.validation:  # of which no probabilities are needed
+        columns = tables.parse_columns(args.columns)
+        columns = {role: column for role, column in columns.items() if role in NEEDED}
+        validation_reading = dict(path=args.validation, needed=NEEDED, columns=columns)
+    if distributed.rank() > 0:
+        distributed.wait_for_all()
+    encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
+                                 supervise=args.supervise, train_rows=args.train_rows,
+                                 validation_reading=validation_reading)
+    if distributed.rank() == 0:
+        distributed.wait_for_all()
+    print(f"{len(encoded.train):,} pairs to train on, {len(encoded.validation):,} to validate on, "
+          f"{encoded.test_rows:,} kept for evaluate.py")
+    return encoded
 
 
 # --- model --------------------------------------------------------------------------------------------------
 
-def make_model(args, compute, table, reading):
-    """(model, tokenizer, preprocessing) of the checkpoint; `tiny`: new, its vocabulary made of the table."""
+def load_checkpoint(args, compute, table, reading):
+    """(model, tokenizer, preprocessing) of --ckpt; `tiny`: new, its vocabulary made of the training texts."""
     if args.ckpt == "tiny":
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
-        with contextlib.redirect_stdout(io.StringIO()):  # encoded_table will say the same about the table
-            pairs = tables.read_pairs(table, **reading)
-        if not args.validation:
-            pairs = data.split_pairs(pairs)["train"]
-        texts = []
-        for pair in pairs[:args.train_rows]:
-            texts.append(data.prepare(data.PROMPT.format(complaint=pair.complaint), preprocess))
-            texts.append(data.prepare(pair.response, preprocess))
-        model, tokenizer = tiny_gpt2(texts)
+        model, tokenizer = tiny_gpt2(training_texts(args, table, reading, preprocess))
     else:
         # A frozen base is held in the dtype it is computed in: autocast would cast it anew at every use.
         # Shards have one dtype and are cast when they are gathered.
@@ -151,8 +194,24 @@ def make_model(args, compute, table, reading):
         tokenizer = load_tokenizer(args.ckpt)
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, model.raw_config)
     check_causal(model, args.ckpt)
-    model.raw_config["sevloss"] = {"prompt": data.PROMPT, "preprocess": preprocess}
+    model.raw_config["sevloss"] = {"preprocess": preprocess}
+    return model, tokenizer, preprocess
 
+
+def training_texts(args, table, reading, preprocess):
+    with contextlib.redirect_stdout(io.StringIO()):  # encode_table will say the same about the table
+        pairs = tables.read_pairs(table, **reading)
+    if not args.validation:
+        pairs = data.split_pairs(pairs)["train"]
+    texts = []
+    for pair in pairs[:args.train_rows]:
+        texts.append(data.PROMPT.format(complaint=data.prepare(pair.complaint, preprocess)))
+        texts.append(data.prepare(pair.response, preprocess))
+    return texts
+
+
+def prepare_for_training(model, args, compute):
+    """LoRA, --gradient-checkpointing, --compile, the device, --shard."""
     if args.lora:
         lora.attach(model, args.lora, alpha=args.lora_alpha or 2 * args.lora, dropout=args.lora_dropout,
                     targets=args.lora_targets)
@@ -164,11 +223,10 @@ def make_model(args, compute, table, reading):
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.ckpt}: {parameters:,} parameters, {trainable:,} ({trainable / parameters:.2%}) learn, "
-          f"vocabulary {len(model.head_weight):,}, preprocessing {preprocess}")
+          f"vocabulary {len(model.head_weight):,}, preprocessing {model.raw_config['sevloss']['preprocess']}")
     model.to(compute.device)
     if args.shard:
         distributed.shard(model, compute)
-    return model, tokenizer, preprocess
 
 
 # --- the pieces of the loop ---------------------------------------------------------------------------------
@@ -203,6 +261,22 @@ def step_batches(examples, token_weights, args, compute, first_step):
         yield indices, [data.make_batch(examples, part, compute.device, token_weights) for part in parts]
 
 
+def resume_or_begin(run, args, record, model, tokenizer, optimizer, scaler):
+    """-> progress. record: what run.json says of the run beside its arguments."""
+    progress = {"step": 0, "updates": 0, "best": math.inf, "best_step": 0, "validation": []}
+    if checkpoint.has_state(run):
+        checkpoint.check_resumed(run, vars(args), record)
+        progress = checkpoint.load_state(run, model, optimizer, scaler)
+        save_best(run, model, tokenizer, progress)
+        finished = "; the run is finished" if progress["step"] == record["steps"] else ""
+        print(f"going on after step {progress['step']} of {record['steps']}{finished}")
+    elif args.resume:
+        print(f"nothing was saved in {run} yet: it begins at step 0")
+    checkpoint.keep_lines(run / "metrics.jsonl", progress["step"])
+    checkpoint.write_run_json(run, "finetune.py", vars(args), **record)
+    return progress
+
+
 def validate_and_save(run, model, tokenizer, optimizer, scaler, validation, compute, progress):
     """Scores the model by the unweighted NLL of validation rows, whatever the weighting; returns a line.
 
@@ -230,6 +304,20 @@ def save_best(run, model, tokenizer, progress):
     checkpoint.write_json(run / "validation.json", progress["validation"])
 
 
+def finish(run, args, tokenizer, progress, compute):
+    """--merge, and what is printed at the end."""
+    if not progress["updates"]:
+        raise InputError(f"fp16 skipped all {progress['step']} steps, nothing was learned: start anew with "
+                         "--dtype fp32")
+    print(f"best NLL {progress['best']:.4f}, at step {progress['best_step']}; {compute.peak_memory()}")
+    if args.merge:
+        distributed.wait_for_all()  # until rank 0 has written the best model
+        save_model(load_model(run), tokenizer, run / "merged")
+        print(f"wrote {run}/merged")
+    test_table = " --data TABLE --split all" if args.validation else ""
+    print(f"wrote {run}\nnext: python evaluate.py {run}{test_table}")
+
+
 @report_errors
 def main():
     args = parse_arguments()
@@ -239,49 +327,21 @@ def main():
 
 
 def train(args, run):
-    # ---- configuration
+    # ---- device; severity: the table's own probabilities, or those of a classifier
     coefficients = parse_weighting(args.weighting)
-    weighted = len(set(coefficients)) > 1
-    compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny",
-                            deterministic=args.deterministic)
-    print(compute)
-    if args.compile and compute.device.type != "cuda":
-        raise InputError("--compile is for a GPU: on a CPU every batch would be compiled anew")
-    if args.shard and (not distributed.started() or compute.dtype == torch.float16):
-        raise InputError("--shard needs torchrun, and --dtype bf16 or fp32: torchrun --nproc_per_node 2 "
-                         "finetune.py ...")
-
-    # ---- severity: the table's own probabilities, or those of a classifier
-    table = args.data
-    columns = tables.parse_columns(args.columns)
-    probabilities = "required" if weighted else "if present"  # every weighting trains on the same rows
-    if args.classifier and weighted:
-        table = annotate.annotated(args.classifier, table, columns, compute)
-        columns = {}
-    elif args.classifier:
-        probabilities = "optional"
-        print(f"--weighting {args.weighting} treats all alike: {args.classifier} is not used")
-    reading = dict(needed=("complaint", "response"), probabilities=probabilities, columns=columns)
-    validation_reading = None
-    if args.validation:
-        columns_there = tables.parse_columns(args.columns)  # of which it needs no probabilities
-        columns_there = {role: columns_there[role] for role in reading["needed"] if role in columns_there}
-        validation_reading = dict(path=args.validation, needed=reading["needed"], columns=columns_there)
+    compute = choose_compute(args)
+    table, reading = table_with_severity(args, len(set(coefficients)) > 1, compute)
 
     # ---- model and tokenizer; seeded here: runs that differ only in their weights start from the same model
     device.seed_everything(args.seed)
-    model, tokenizer, preprocess = make_model(args, compute, table, reading)
+    model, tokenizer, preprocess = load_checkpoint(args, compute, table, reading)
+    prepare_for_training(model, args, compute)
 
     # ---- data: table -> pairs -> splits -> ids
     encoding = dict(max_length=min(args.max_length, model.config.context), eos_id=eos_ids(model)[0],
                     preprocess=preprocess)
-    with distributed.rank_0_first():
-        encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
-                                     supervise=args.supervise, train_rows=args.train_rows,
-                                     validation_reading=validation_reading)
+    encoded = encode_table(args, table, tokenizer, reading, encoding)
     examples = encoded.train
-    print(f"{len(examples):,} pairs to train on, {len(encoded.validation):,} to validate on, "
-          f"{encoded.test_rows:,} kept for evaluate.py")
 
     # ---- severity -> weight of each example -> weight of each of its tokens, the normalisation folded in
     weights = severity_weights(torch.tensor(examples.probabilities), coefficients)  # (n, 3) -> (n,)
@@ -300,21 +360,12 @@ def train(args, run):
     steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
     save_every = args.save_every or steps_per_epoch
 
-    # ---- resume, or begin
+    # ---- resume, or begin; run.json holds, beside the arguments:
     record = dict(coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT, compute=str(compute),
-                  table=str(table), columns=columns, steps=steps, data_fingerprint=encoded.fingerprint,
+                  table=str(table), columns=reading["columns"], steps=steps,
+                  data_fingerprint=encoded.fingerprint,
                   model_fingerprint="" if args.ckpt == "tiny" else checkpoint.weights_digest(args.ckpt))
-    progress = {"step": 0, "updates": 0, "best": math.inf, "best_step": 0, "validation": []}
-    if checkpoint.has_state(run):
-        checkpoint.check_resumed(run, "finetune.py", vars(args), record)
-        progress = checkpoint.load_state(run, model, optimizer, scaler)
-        save_best(run, model, tokenizer, progress)
-        finished = "; the run is finished" if progress["step"] == steps else ""
-        print(f"going on after step {progress['step']} of {steps}{finished}")
-    elif args.resume:
-        print(f"nothing was saved in {run} yet: it begins at step 0")
-    checkpoint.keep_lines(run / "metrics.jsonl", progress["step"])
-    checkpoint.write_run_json(run, "finetune.py", vars(args), **record)
+    progress = resume_or_begin(run, args, record, model, tokenizer, optimizer, scaler)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
 
     # ---- the loop: an optimizer step a turn
@@ -337,8 +388,6 @@ def train(args, run):
         # forward and backward of each micro-batch; gradients add up
         step_loss = torch.zeros((), device=compute.device)
         for batch in micro_batches:
-            if args.shard:
-                model.set_requires_gradient_sync(batch is micro_batches[-1])
             with compute.autocast():
                 hidden = model(batch.tokens, batch.lengths)  # (N, D)
                 hidden = hidden.index_select(0, batch.supervised_index)  # (S, D)
@@ -372,15 +421,15 @@ def train(args, run):
         # metrics
         seconds = time.perf_counter() - began
         tokens = int(examples.input_lengths[indices].sum())
-        checkpoint.append(run / "metrics.jsonl", json.dumps({
-            "step": step + 1, "loss": step_loss, "lr": lr, "grad_norm": grad_norm if finite else None,
-            "examples": len(indices), "tokens": tokens, "supervised_tokens": supervised_tokens,
-            "seconds": round(seconds, 4)}) + "\n")
+        metrics = {"step": step + 1, "loss": step_loss, "lr": lr, "grad_norm": grad_norm if finite else None,
+                   "examples": len(indices), "tokens": tokens, "supervised_tokens": supervised_tokens,
+                   "seconds": round(seconds, 4)}
+        checkpoint.append(run / "metrics.jsonl", json.dumps(metrics) + "\n")
         bar.set_postfix_str(f"loss {step_loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
         bar.update()
 
         # validation and checkpoint; a signal saves the state alone, so that going on comes to the same end
-        stopping = distributed.largest(stop.signal)
+        stopping = max(distributed.gather(stop.signal))
         if (step + 1) % save_every == 0 or step + 1 == steps:
             bar.write(validate_and_save(run, model, tokenizer, optimizer, scaler, encoded.validation, compute,
                                         progress))
@@ -390,17 +439,7 @@ def train(args, run):
             stop.leave(stopping, f"saved after step {step + 1} of {steps}: --resume --out {run} goes on")
     stop.waits = False
     bar.close()
-
-    # ---- what there is now
-    if not progress["updates"]:
-        raise InputError(f"fp16 skipped all {steps} steps, nothing was learned: start anew with --dtype fp32")
-    print(f"best NLL {progress['best']:.4f}, at step {progress['best_step']}; {compute.peak_memory()}")
-    if args.merge:
-        distributed.wait_for_all()  # until rank 0 has written the best model
-        save_model(load_model(run), tokenizer, run / "merged")
-        print(f"wrote {run}/merged")
-    test_table = " --data TABLE --split all" if args.validation else ""
-    print(f"wrote {run}\nnext: python evaluate.py {run}{test_table}")
+    finish(run, args, tokenizer, progress, compute)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ SHAPES = {
 def describe(raw, rank=None):
     """Counts of a model's parameters; it is built without memory. raw: its config.json; rank: of LoRA."""
     family = FAMILIES[raw["model_type"]]
-    model = build(family, family.normalize_config(raw, {}))
+    model = build(family, family.normalize(raw, {}))
     if rank:
         lora.attach(model, rank, alpha=rank)
     everything = sum(p.numel() for p in model.parameters())
@@ -116,8 +116,7 @@ def saved_bytes(shape, bits, cpu=False):
     return total
 
 
-def memory(shape, *, ranks=1, sharded=False, bits=16, tokens=MICRO_TOKENS, targets=None, device_type="cuda",
-           micro_batches=MICRO_BATCHES):
+def memory(shape, *, ranks=1, sharded=False, bits=16, tokens=MICRO_TOKENS, targets=None, device_type="cuda"):
     """{what: bytes} of one device at the peak of a step."""
     targets = int(tokens * SUPERVISED) if targets is None else targets
     full = not shape.rank
@@ -132,9 +131,6 @@ def memory(shape, *, ranks=1, sharded=False, bits=16, tokens=MICRO_TOKENS, targe
     else:
         gathered = 2 * shape.everything if full and bits == 16 else 0
 
-    # sharded gradients wait, whole, for the last micro-batch
-    gradients = 4 * shape.learning // (1 if micro_batches > 1 else parts)
-
     # the loss: logits of a chunk, softmax of a block; the head's gradient, and its copy in the backward pass
     dtype = torch.bfloat16 if bits == 16 else torch.float32
     chunk, block = _chunk_sizes(device_type, shape.vocabulary, dtype)
@@ -142,10 +138,12 @@ def memory(shape, *, ranks=1, sharded=False, bits=16, tokens=MICRO_TOKENS, targe
     loss = 4 * head + max(4 * head, buffers) if full else buffers
 
     activations = tokens * (saved_bytes(shape, bits, device_type == "cpu") + 8 * shape.width)
-    bucket = min(4 * shape.learning, 4 * (distributed.BUCKET + head)) if ranks > 1 and not sharded else 0
+    # the gradients once more, in one piece; activations and 16-bit copies are gone by then
+    all_reduced = 4 * shape.learning if ranks > 1 and not sharded else 0
     return {"weights": (b * frozen + 4 * shape.learning) // parts,
-            "gradients": gradients, "moments": 8 * shape.learning // parts,
-            "gathered": gathered, "activations and loss": max(activations + loss, bucket)}
+            "gradients": 4 * shape.learning // parts, "moments": 8 * shape.learning // parts,
+            "gathered": gathered,
+            "activations and loss": max(activations + loss, all_reduced - gathered)}
 
 
 def communication(shape, ranks, sharded, bits=16, micro_batches=MICRO_BATCHES):
@@ -154,7 +152,7 @@ def communication(shape, ranks, sharded, bits=16, micro_batches=MICRO_BATCHES):
     if not sharded:
         return 2 * share * 4 * shape.learning  # all-reduce of gradients
     gathers = bits // 8 * (2 * shape.blocks + shape.root)
-    return share * (micro_batches * gathers + 4 * shape.learning)  # all-gathers, one reduce-scatter
+    return share * micro_batches * (gathers + 4 * shape.learning)  # all-gathers, a reduce-scatter
 
 
 def step_seconds(shape, ranks, sharded, tokens=MICRO_TOKENS, micro_batches=MICRO_BATCHES):
@@ -174,16 +172,15 @@ def label(name, rank):
 def print_tables():
     print(f"Memory of a device, GiB: bf16, {MICRO_TOKENS:,} tokens in a micro-batch, half of them targets.\n")
     print("| checkpoint | | parameters | learn | weights | gradients | moments | 16-bit copies "
-          "| activations, loss | one device; data-parallel on 8 or 64 | sharded, 8 | sharded, 64 "
-          "| the same, one micro-batch |\n|" + "---|" * 13)
+          "| activations, loss | one device; data-parallel on 8 or 64 | sharded, 8 | sharded, 64 |\n|"
+          + "---|" * 12)
     for name, raw in SHAPES.items():
         for rank in (None, RANK):
             shape = describe(raw, rank)
             alone = memory(shape)
             totals = [sum(alone.values())]
-            for ranks, micro_batches in ((8, MICRO_BATCHES), (64, MICRO_BATCHES), (64, 1)):
-                sharded = memory(shape, ranks=ranks, sharded=True, micro_batches=micro_batches)
-                totals.append(sum(sharded.values()))
+            for ranks in (8, 64):
+                totals.append(sum(memory(shape, ranks=ranks, sharded=True).values()))
             cells = [f"{value / GIB:.1f}" for value in (*alone.values(), *totals)]
             print(f"| {label(name, rank)} | {shape.everything / 1e6:,.0f} M | {shape.learning / 1e6:,.1f} M "
                   f"| {' | '.join(cells)} |")

@@ -47,24 +47,23 @@ def open_run(out, kind, resume=False):
     if out is None and resume:
         raise InputError("--resume needs the run folder: --out RUN")
     if not is_rank_0():  # rank 0 says which one it is
-        yield distributed.from_rank_0(None)
+        yield distributed.gather(None)[0]
         return
-    run = next_run(kind) if out is None else Path(out)
+    if out is None:
+        numbers = [path.name.rpartition("-")[2] for path in Path("runs").glob(f"{kind}-*")]
+        last = max((int(number) for number in numbers if number.isdigit()), default=0)
+        out = Path("runs") / f"{kind}-{last + 1:03d}"
+    run = Path(out)
     with lock_folder(run):
         check_layout(run)
-        if not nothing_saved(run, kind) and not (resume and has_state(run)):
-            if resume:
-                raise InputError(f"{run} holds no state to go on with; if it holds a model, start a new run: "
-                                 f"--ckpt {run} --out NEW")
+        occupied = not nothing_saved(run, kind)
+        if occupied and not resume:
             or_resume = ", or --resume to go on with it" if has_state(run) else ""
             raise InputError(f"{run} exists and is not empty: give another --out{or_resume}")
-        yield distributed.from_rank_0(run)
-
-
-def next_run(kind):
-    numbers = [path.name.rpartition("-")[2] for path in Path("runs").glob(f"{kind}-*")]
-    last = max((int(number) for number in numbers if number.isdigit()), default=0)
-    return Path("runs") / f"{kind}-{last + 1:03d}"
+        if occupied and not has_state(run):
+            raise InputError(f"{run} holds no state to go on with; if it holds a model, start a new run: "
+                             f"--ckpt {run} --out NEW")
+        yield distributed.gather(run)[0]
 
 
 def nothing_saved(run, kind):
@@ -95,12 +94,12 @@ def lock_folder(folder):
 def check_layout(run):
     """InputError for a run of the older layout, whose top level was the last step's model, or another
     split rule. Folders that are no run pass."""
-    if not (Path(run) / "run.json").is_file():
-        return
-    if (Path(run) / "best").is_dir():
+    run_json = Path(run) / "run.json"
+    if (Path(run) / "best").is_dir() and run_json.is_file():
         raise InputError(f"{run} is a run of an older version, its best model is in {run}/best: move that "
                          "folder out of it and give its new path as checkpoint; training cannot go on")
-    check_split_rule(hub.read_json(Path(run) / "run.json").get("split_rule"), run)
+    if run_json.is_file():
+        check_split_rule(hub.read_json(run_json).get("split_rule"), run)
 
 
 # --- its files ----------------------------------------------------------------------------------------------
@@ -111,15 +110,13 @@ def write_lines(path, lines):
 
 def append(path, text, to_disk=False):
     """Adds to the end of a file. A symbolic link is not followed."""
-    if not is_rank_0():
-        return
     def open_itself(name, flags):
         return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    with writing(path), open(path, "a", encoding="utf-8", newline="", opener=open_itself) as file:
-        file.write(text)
+    if is_rank_0():
+        with writing(path), open(path, "a", encoding="utf-8", newline="", opener=open_itself) as file:
+            file.write(text)
         if to_disk:
-            file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(path)
 
 
 def keep_lines(path, count=None):
@@ -152,12 +149,12 @@ def weights_digest(ckpt):
 
 # --- going on -----------------------------------------------------------------------------------------------
 
-def check_resumed(run, script, arguments, results):
+def check_resumed(run, arguments, results):
     """InputError unless arguments, data and model are those that the run began with; the number of steps may
     have grown. results: as given to write_run_json."""
     before = hub.read_json(run / "run.json")
-    if before.get("script") != script:
-        raise InputError(f"--resume: {run} is no run of {script}")
+    if before.get("script") != "finetune.py":
+        raise InputError(f"--resume: {run} is no run of finetune.py")
     free = (*FREE_ON_RESUME, "lr") if "not_finite" in before else FREE_ON_RESUME
     with interpreting(run / "run.json", "start a new run"):
         then = before["arguments"]
@@ -189,18 +186,13 @@ def save_state(run, model, optimizer, scaler, progress):
     learnt = [name for name, p in model.named_parameters() if p.requires_grad]
     weights = distributed.to_write({name: tensors[name] for name in learnt})
     finite = all(weight.isfinite().all() for weight in weights.values())
-    if distributed.largest(int(not finite)):  # rank 0 has seen it, all stop
+    if not all(distributed.gather(finite)):  # rank 0 has seen it, all stop
         raise not_finite(run, f"the weights are not finite after step {progress['step']}")
     moments = optimizer.state_dict()
     for i, tensors in moments["state"].items():
         moments["state"][i] = distributed.to_write(tensors)
-    state = {
-        "run": hub.read_json(run / "run.json")["id"],
-        "progress": progress,
-        "model": weights,
-        "optimizer": moments,
-        "scaler": scaler.state_dict(),
-    }
+    state = {"run": hub.read_json(run / "run.json")["id"], "progress": progress, "model": weights,
+             "optimizer": moments, "scaler": scaler.state_dict()}
 
     def write(temporary):
         with open(temporary, "w+b") as file:
@@ -209,16 +201,14 @@ def save_state(run, model, optimizer, scaler, progress):
             file.write(hashlib.sha256(np.memmap(temporary, mode="r")).digest())
     flush_to_disk(run / "metrics.jsonl")  # going on counts its lines
     (run / "state").mkdir(exist_ok=True)
-    size = sum(weight.nbytes for weight in weights.values())
-    for tensors in moments["state"].values():
-        size += sum(tensor.nbytes for tensor in tensors.values())
+    size = 3 * sum(weight.nbytes for weight in weights.values())  # AdamW has two moments of each
     write_atomically(run / "state" / "training.pt", write, size)
 
 
 def read_state(run):
     """What save_state wrote; InputError where it is not whole, or of another run."""
     path = run / "state" / "training.pt"
-    try:
+    with interpreting(path, f"start a new run from its model: --ckpt {run} --out NEW"):
         content = np.memmap(path, mode="r")
         if hashlib.sha256(content[:-CHECKSUM]).digest() != content[-CHECKSUM:].tobytes():
             raise ValueError("its checksum is another")
@@ -226,9 +216,6 @@ def read_state(run):
         if state["run"] != hub.read_json(run / "run.json").get("id"):
             raise ValueError("it belongs to another run")
         return state
-    except Exception as error:  # what broken files raise has no common class
-        message = f"--resume: {path} cannot be used: {str(error).partition('. ')[0]}; start a new run from"
-        raise InputError(f"{message} its model: --ckpt {run} --out NEW") from error
 
 
 def load_state(run, model, optimizer, scaler):
@@ -243,7 +230,8 @@ def load_state(run, model, optimizer, scaler):
             parameter.copy_(distributed.part_like(parameter, tensor))
     learnt = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, tensors in zip(learnt, state["optimizer"]["state"].values()):
-        tensors.update({name: distributed.part_like(parameter, t) for name, t in tensors.items()})
+        for name, tensor in tensors.items():
+            tensors[name] = distributed.part_like(parameter, tensor)
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty where there was nothing to scale
         scaler.load_state_dict(state["scaler"])

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -33,14 +34,12 @@ class Compute:
         """"peak memory 1.23 GiB": CUDA's peak allocation, or the process's largest resident size."""
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
+        elif sys.platform == "win32":
+            return "peak memory unknown"
         else:
-            try:
-                import resource
-            except ImportError:  # Windows does not tell
-                return "peak memory unknown"
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            if sys.platform != "darwin":  # macOS counts bytes, Linux kilobytes
-                peak *= 1024
+            import resource  # not on Windows
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return f"peak memory {peak / 2 ** 30:.2f} GiB"
 
     def __str__(self):
@@ -61,7 +60,6 @@ def choose(device="auto", dtype="auto", *, small=False, deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # products that stay fp32 run as TF32 on tensor cores
     else:
@@ -70,30 +68,25 @@ def choose(device="auto", dtype="auto", *, small=False, deterministic=False):
         return Compute(device, DTYPES[dtype], "as asked")
     if small:
         return Compute(device, torch.float32, "the model is too small to gain from 16 bits")
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            return Compute(device, torch.bfloat16, "this GPU multiplies bf16 in hardware; its range needs "
-                                                   "no GradScaler")
-        return Compute(device, torch.float16, "this GPU has fp16 but no bf16 tensor cores; a GradScaler "
-                                              "keeps gradients in range")
-    if cpu_has_bf16():
-        return Compute(device, torch.bfloat16, "this processor multiplies bf16 in hardware")
-    return Compute(device, torch.float32, "this processor has no bf16 instructions")
+    if device.type == "cpu":
+        if cpu_has_bf16():
+            return Compute(device, torch.bfloat16, "this processor multiplies bf16 in hardware")
+        return Compute(device, torch.float32, "this processor has no bf16 instructions")
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return Compute(device, torch.bfloat16, "this GPU multiplies bf16 in hardware")
+    return Compute(device, torch.float16, "this GPU has no bf16; a GradScaler keeps gradients in range")
 
 
 def choose_device(name):
     """auto|cpu|cuda|cuda:N -> torch.device; InputError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = None
-    with contextlib.suppress(RuntimeError):
-        device = torch.device(name)
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", str(name)):
         raise InputError(f"--device is auto, cpu, cuda or cuda:N, not {str(name)!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+        there_are = torch.cuda.device_count() or "no"
+        raise InputError(f"--device {device}: PyTorch sees {there_are} CUDA devices here; use --device cpu")
     return device
 
 

@@ -7,9 +7,9 @@ own, and what came out is added up, so that all ranks know all of it. Rank 0 alo
 others print their errors. With `shard`, each rank also holds only its part of the model.
 """
 
+import atexit
 import os
 import sys
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partialmethod
 
@@ -19,13 +19,11 @@ from tqdm import tqdm
 
 from sevloss import InputError, data
 
-BUCKET = 2 ** 26  # numbers that one all-reduce of gradients adds up: 256 MiB in fp32
-
 
 def start(device):
     """Joins the other ranks where torchrun started this process. device: as for `--device`; returns this
     rank's own."""
-    if "RANK" not in os.environ or started():
+    if "RANK" not in os.environ or dist.is_initialized():
         return device
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -37,25 +35,20 @@ def start(device):
     # after a restart torchrun's store still has the addresses of the ranks that were killed
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+    atexit.register(dist.destroy_process_group)
     if rank():
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     return device
 
 
-def started():
-    return dist.is_initialized()
-
-
 def rank():
-    return dist.get_rank() if started() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def ranks():
-    return dist.get_world_size() if started() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
-
-# --- rows ---------------------------------------------------------------------------------------------------
 
 def share(lengths, indices):
     """Those of `indices` that each rank takes, a list a rank: the longest first, each to the rank with the
@@ -72,89 +65,51 @@ def share(lengths, indices):
 def micro_batches(lengths, indices, max_tokens):
     """data.micro_batches of this rank's share of `indices`. All ranks get equally many, as the ranks of a
     sharded model compute together: where one has fewer, the last are empty."""
-    if ranks() == 1:
-        return data.micro_batches(lengths, indices, max_tokens)
-    parts = [data.micro_batches(lengths, share_, max_tokens) for share_ in share(lengths, indices)]
-    own = parts[rank()]
-    return own + [[]] * (max(map(len, parts)) - len(own))
+    parts = [data.micro_batches(lengths, own, max_tokens) for own in share(lengths, indices)]
+    most = max(map(len, parts))
+    return parts[rank()] + [[]] * (most - len(parts[rank()]))
 
-
-# --- what ranks tell each other -----------------------------------------------------------------------------
 
 def add_up(tensor):
     """The sum of each rank's `tensor`, in place; returns it."""
-    if ranks() > 1:
-        _call(dist.all_reduce, tensor)
+    _together(dist.all_reduce, tensor)
     return tensor
 
 
 def add_up_gradients(parameters):
-    """Each gradient becomes the sum over the ranks."""
+    """Each gradient becomes the sum over the ranks, by one all-reduce."""
     if ranks() == 1:
         return
-    bucket = []
-    for p in parameters:
-        if is_sharded(p):
-            p.grad.mul_(ranks())  # FSDP2 has taken the mean
-        elif p.grad is not None:
-            bucket.append(p.grad)
-        if bucket and (sum(grad.numel() for grad in bucket) >= BUCKET or p is parameters[-1]):
-            flat = add_up(torch.cat([grad.flatten() for grad in bucket]))
-            for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket])):
-                grad.copy_(total.view_as(grad))
-            bucket = []
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if is_sharded(gradients[0]):
+        for gradient in gradients:
+            gradient.mul_(ranks())  # FSDP2 has taken the mean
+        return
+    sums = add_up(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, sums.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view_as(gradient))
 
 
-def gather(results):
-    """The dicts of all ranks in one."""
-    if ranks() == 1:
-        return results
-    parts = [None] * ranks()
-    _call(dist.all_gather_object, parts, results)
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def largest(number):
-    """The largest of each rank's `number`."""
-    if ranks() == 1:
-        return number
-    number = torch.tensor(number)
-    _call(dist.all_reduce, number, dist.ReduceOp.MAX)
-    return number.item()
-
-
-def from_rank_0(value):
-    """What rank 0 gives as `value`."""
-    values = [value]
-    if ranks() > 1:
-        _call(dist.broadcast_object_list, values, src=0)
-    return values[0]
-
-
-@contextmanager
-def rank_0_first():
-    """Rank 0 does what is inside while the others wait; then they do it, and find the files it wrote."""
-    if rank():
-        wait_for_all()
-    yield
-    if not rank():
-        wait_for_all()
+def gather(value):
+    """Each rank's `value`, which may be any object: a list, rank 0's first."""
+    values = [value] * ranks()
+    _together(dist.all_gather_object, values, value)
+    return values
 
 
 def wait_for_all():
-    if ranks() > 1:
-        _call(dist.barrier)
+    gather(None)
 
 
-def _call(collective, *arguments, **options):
+def _together(collective, *arguments):
+    if ranks() == 1:
+        return
     try:
-        collective(*arguments, **options)
+        collective(*arguments)
     except RuntimeError as error:  # of gloo or NCCL: the connection to another rank is closed
         raise InputError("another rank has ended, its message says why; --resume goes on after the last "
                          "save") from error
 
-
-# --- a model in shards (FSDP2) ------------------------------------------------------------------------------
 
 def shard(model, compute):
     """Each rank keeps its part of every parameter, gradient and moment of AdamW. A block's parameters are

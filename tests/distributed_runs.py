@@ -21,6 +21,7 @@ RUNS = {
     "first step": "--ckpt gpt2 --max-steps 1",
     "full": "--ckpt gpt2 --max-steps 12",
     "two rows a step": "--ckpt gpt2 --max-steps 6 --batch-size 2",
+    "fp16, one row a step": "--ckpt gpt2 --max-steps 4 --batch-size 1 --dtype fp16",
     "tokens": "--ckpt gpt2 --max-steps 4 --normalise token --weighting strong",
     "lora": "--ckpt llama --max-steps 12 --lora 4",
     "sharded": "--ckpt gpt2 --max-steps 12 --shard",

@@ -310,33 +310,31 @@ def test_unknown_model_type(edited):
 @pytest.mark.parametrize("config, message", [
     ({"activation_function": "swish"},
      "activation_function 'swish' in config.json is not known; known: gelu_new"),
-    ({"n_embd": 24}, "has shape (60,), config.json asks for (72,)"),
+    ({"n_embd": 24}, "has shape (60,), its configuration asks for (72,)"),
     ({"n_layer": 4},
-     "lacks 12 tensors that a gpt2 of its config.json needs: transformer.h.3.ln_1.weight, transformer."),
+     "lacks what its configuration asks for: transformer.h.3.ln_1.weight, transformer."),
     ({"n_layer": 2},
-     "holds 12 tensors that a gpt2 of its config.json has no place for: transformer.h.2.attn.c_attn.bias"),
-    ({"layer_norm_epsilon": "1e-5"}, "gives layer_norm_epsilon as '1e-5': write it as 1e-05 is written"),
-    ({"n_layer": "3"}, "gives n_layer as '3': it must be a positive number"),
-    ({"n_head": 3}, "n_embd 20 in config.json is not a multiple of n_head 3"),
+     "holds what its configuration has no place for: transformer.h.2.attn.c_attn.bias"),
+    ({"layer_norm_epsilon": "1e-5"}, "config.json cannot be used (TypeError: layer_norm(): argument 'eps'"),
+    ({"n_layer": "3"}, "config.json cannot be used (TypeError: "),
+    ({"n_head": 3}, "config.json cannot be used (RuntimeError: unflatten: Provided sizes [3, 3, -1] don't"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_config_that_does_not_fit(edited, config, message):
     with refused(message):
         load_model(edited("gpt2", **config))
 
 
-@pytest.mark.parametrize("name, whole, part", [
-    ("bert", "hidden_size 20", "num_attention_heads"), ("bloom", "hidden_size 18", "n_head"),
-    ("llama", "num_attention_heads 4", "num_key_value_heads"),
-    ("lfm2", "num_attention_heads 4", "num_key_value_heads")])
-def test_heads_that_do_not_divide(edited, name, whole, part):
-    with refused(f"{whole} in config.json is not a multiple of {part} 7"):
-        load_model(edited(name, **{part: 7}))
+@pytest.mark.parametrize("name, heads", [("bert", "num_attention_heads"), ("bloom", "n_head"),
+                                         ("llama", "num_key_value_heads"), ("lfm2", "num_key_value_heads")])
+def test_heads_that_do_not_divide(edited, name, heads):
+    with refused("config.json cannot be used (RuntimeError: "):
+        load_model(edited(name, **{heads: 7}))
 
 
 def test_config_without_a_size(edited):
     folder = edited("gpt2")
     (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 53}')
-    with refused("config.json of a gpt2 lacks n_positions: get it again"):
+    with refused("config.json cannot be used (TypeError: GPT2Config.__init__() missing 4 required"):
         load_model(folder)
 
 
@@ -373,7 +371,7 @@ def test_other_kinds_of_lfm2(edited, layer_types):
 
 
 def test_missing_tensor(edited):
-    with refused("lacks 1 tensors that a gpt2 of its config.json needs: transformer.h.1.mlp.c_fc.weight"):
+    with refused("lacks what its configuration asks for: transformer.h.1.mlp.c_fc.weight;"):
         load_model(edited("gpt2", lacking("transformer.h.1.mlp.c_fc.weight")))
 
 
@@ -386,14 +384,14 @@ def test_second_head(edited):
 
 
 def test_untied_head_may_not_be_missing(edited):
-    with refused("lacks 1 tensors that a llama of its config.json needs: lm_head.weight"):
+    with refused("lacks what its configuration asks for: lm_head.weight;"):
         load_model(edited("llama", lacking("lm_head.")))
 
 
 @pytest.mark.parametrize("surplus", ["transformer.h.0.attn.q_norm.weight", "transformer.h.7.attn.c_attn.bias",
                                      "score.weight"])
 def test_surplus_tensor(edited, surplus):
-    with refused(f"holds 1 tensors that a gpt2 of its config.json has no place for: {surplus}"):
+    with refused(f"holds what its configuration has no place for: {surplus};"):
         load_model(edited("gpt2", lambda tensors: tensors | {surplus: torch.zeros(3)}))
 
 
@@ -431,7 +429,7 @@ def test_weights_that_are_no_numbers(edited, value):
 
 
 def test_a_million_layers(edited):
-    with refused("gives n_layer as 1,000,000: at most 1,000 blocks are built"):
+    with refused("asks for 1,000,000 blocks: at most 1,000 are built"):
         load_model(edited("gpt2", n_layer=10 ** 6))
 
 
@@ -472,7 +470,7 @@ def test_a_tokenizer_that_multiplies_its_input(tmp_path, change):
 
 
 def test_misshapen_tensor(edited):
-    with refused("transformer.h.0.mlp.c_fc.weight has shape (37, 20), config.json asks for (20, 37)"):
+    with refused("transformer.h.0.mlp.c_fc.weight has shape (37, 20), its configuration asks for (20, 37)"):
         load_model(edited("gpt2", lambda t: t | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(37, 20)}))
 
 

@@ -11,7 +11,7 @@ from sevloss import InputError, device
 
 @pytest.mark.parametrize("name, message", [("tpu", "auto, cpu, cuda or cuda:N"),
                                            ("meta", "auto, cpu, cuda or cuda:N"),
-                                           ("cuda:99", "PyTorch sees no CUDA device|there are")])
+                                           ("cuda:99", "PyTorch sees .* CUDA devices here")])
 def test_devices_that_are_none(name, message):
     with pytest.raises(InputError, match=message):
         device.choose(name)

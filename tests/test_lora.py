@@ -139,8 +139,8 @@ def test_dropout_acts_on_the_adapters_alone(adapted):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(use_dora=True), "adapters with use_dora True are not known"),
-    (dict(r=4), "lora_A.weight has shape (3, 20), the base asks for (4, 20)"),
-    (dict(target_modules=["c_attn"]), "the adapters do not fit the base"),
+    (dict(r=4), "lora_A.weight has shape (3, 20), its configuration asks for (4, 20)"),
+    (dict(target_modules=["c_attn"]), "holds what its configuration has no place for: base_model.model."),
     (dict(target_modules=["q_proj"]), "no linear layers called 'q_proj'; it has c_attn, c_fc, c_proj"),
     (dict(target_modules="all-linear"), "no linear layers called 'all-linear'; it has c_attn, c_fc, c_proj"),
     (dict(base_model_name_or_path=None), "adapter_config.json cannot be used (TypeError"),

@@ -158,7 +158,7 @@ def test_every_flipped_bit_is_noticed(finished):
             spoilt = bytearray(whole)
             spoilt[position] ^= 1 << generator.integers(8)
             path.write_bytes(spoilt)
-            with pytest.raises(InputError, match="cannot be used: .*; start a new run from its model: --ckpt"):
+            with pytest.raises(InputError, match="cannot be used .*; start a new run from its model: --ckpt"):
                 checkpoint.read_state(finished)
     finally:
         path.write_bytes(whole)

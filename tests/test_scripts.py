@@ -105,7 +105,7 @@ def test_run_folder(base, table):
     assert {"python", "torch", "tokenizers", "safetensors", "numpy"} == set(facts["versions"])
     assert facts["data_fingerprint"] == str(data.Fingerprint(tables.read_pairs(table, needed=BOTH)))
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in base.iterdir()}
-    assert load_model(base).raw_config["sevloss"] == {"prompt": data.PROMPT, "preprocess": "arabert"}
+    assert load_model(base).raw_config["sevloss"] == {"preprocess": "arabert"}
     assert not list(base.rglob("*.tmp")) and not (base / "best").exists()
     state = torch.load(base / "state" / "training.pt", weights_only=True)
     assert state["progress"]["step"] == 21 and facts["split_rule"] == data.SPLIT_RULE
@@ -466,7 +466,7 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
     refused("changed: --lr was 0.002, is 0.01", "--lr", 0.01)
     refused("changed: --weighting was balanced, is mild", "--weighting", "mild")
     refused("changed: --data was", "--data", write_table("copy.jsonl", rows))
-    refused("cannot be used: its checksum is another; start a new run from its model",
+    refused("cannot be used (ValueError: its checksum is another); start a new run from its model",
             change=lambda: (run / "state" / "training.pt").write_bytes(b"half a file"))
     refused("holds no state to go on with", change=lambda: shutil.rmtree(run / "state"))
     refused("has lost lines", change=lambda: (run / "metrics.jsonl").unlink())

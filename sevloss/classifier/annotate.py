@@ -123,7 +123,7 @@ def annotate_table(classifier, table, to, columns):
             with interpreting(journal, f"remove {partial}"):
                 done.update({name: int(count) for name, count in before["done"].items()})
             print(f"{to}: going on after row {done['rows']:,}")
-        done = distributed.from_rank_0(done)
+        done = distributed.gather(done)[0]
 
         # The next rows; a table that cannot be used is refused before anything is written
         pairs = islice(tables.usable_pairs(table, needed=("complaint",), columns=columns), done["rows"], None)
@@ -144,7 +144,7 @@ def annotate_table(classifier, table, to, columns):
                             seen=sum(data.complaint_id(c) in classifier.too_sure for c in complaints),
                             labelled=sum(pair.severity is not None for pair in chunk))
                 checkpoint.write_json(journal, {"inputs": inputs, "done": done})
-                stop.leave(distributed.largest(stop.signal),
+                stop.leave(max(distributed.gather(stop.signal)),
                            f"{done['rows']:,} rows are kept: the same command goes on")
                 chunk = list(islice(pairs, CHUNK))
         stop.waits = False

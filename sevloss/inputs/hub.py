@@ -175,7 +175,7 @@ def open_tensors(path) -> dict:
         state = inner[0] if len(inner) == 1 else state
     if not _all_tensors(state):
         raise InputError(refusal)
-    return {name: functools.partial(torch.Tensor.detach, tensor) for name, tensor in state.items()}
+    return {name: functools.partial(torch.clone, tensor.detach()) for name, tensor in state.items()}
 
 
 def _all_tensors(state):

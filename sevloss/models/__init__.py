@@ -1,7 +1,7 @@
 """Checkpoints in and out: load_model, load_tokenizer, save_model; and small models from scratch."""
 
 import re
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 
 from sevloss import InputError, distributed, interpreting, write_atomically, write_json
-from sevloss.inputs import hub, tables
+from sevloss.inputs import hub
 from sevloss.inputs.tokenizer_files import check_growth, from_vocabulary, keep_whole
 from sevloss.models import lora
 from sevloss.models.bert import Bert
@@ -31,17 +31,23 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
     many classes, initialised where the checkpoint's is not for severity.CLASSES. InputError for whatever does
     not fit: model_type, missing, surplus or misshapen tensors, broken files.
     """
-    # ---- config.json decides; an adapter leads to its base
     *adapters, base = hub.folders(ckpt)
     if adapters:
         model = load_model(base, dtype=dtype, device=device, num_labels=num_labels)
         for folder in reversed(adapters):
-            lora.load(model, folder)
+            lora.attach_stored(model, folder)
+            weights = lora.weights(model)
+            stored = hub.open_tensors(hub.find_file(folder, hub.ADAPTERS))
+            adapter = f"{folder}, adapters of {model.base},"
+            for name, tensor in _read(adapter, stored, weights, device, torch.float32).items():
+                weights[name].data = tensor
             lora.merge(model)
             if (folder / "config.json").is_file():  # ours; peft writes none
                 model.raw_config["sevloss"] = hub.read_json(folder / "config.json").get("sevloss", {})
         model.base = hub.full_name(ckpt)
         return model.requires_grad_(True).eval()
+
+    # ---- config.json decides
     raw = hub.read_json(hub.find_file(ckpt, ("config.json",)))
     with interpreting(base / "config.json"):
         if raw.get("model_type") not in FAMILIES:
@@ -51,109 +57,94 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
             raise InputError(f"{ckpt} holds quantized weights (its config.json has a quantization_config): "
                              "take the checkpoint that they were made from")
         family = FAMILIES[raw["model_type"]]
-        stored = _without_shared_prefix(hub.stored_tensors(ckpt), family.prefix)  # {name: function}
+        stored = hub.stored_tensors(ckpt)
+        raw["num_labels"] = num_labels
         if hasattr(family.Config, "eos_token_id"):
             raw["eos_token_id"] = _end_of_text(ckpt, raw)
-        head_rows = list(range(num_labels or 0))
-        if num_labels:
-            raw["num_labels"] = num_labels
-            names = raw.get("id2label") or {}
-            classes = [tables.LABELS.get(tables.plain(names[i])) for i in sorted(names, key=int)]
-            head_rows = [classes.index(i) for i in head_rows if i in classes]
-        model = build(family, family.normalize_config(raw, stored))
-    expected = model.state_dict()
+        model = build(family, family.normalize(raw, stored))
+
+    # ---- weights; a tied head may be stored once more
+    places = model.state_dict()
+    optional = getattr(family, "optional_keys", ())
     tied = hasattr(model, "head_weight") and model.config.tie_word_embeddings
-
-    # ---- read the tensors that the module has a place for
-    state = {}
-    surplus = []
-    addresses = set()
-    read_second_head = None
-    for stored_name in list(stored):
-        read = stored.pop(stored_name)  # taken out, so that what the file's version takes is freed in turn
-        name = stored_name.replace("LayerNorm.gamma", "LayerNorm.weight")  # old BERTs
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-        if name not in expected and family.prefix + name in expected:
-            name = family.prefix + name
-        if name not in expected:
-            if tied and name == "lm_head.weight":
-                read_second_head = read
-            elif not re.search(family.ignored_keys, name):
-                surplus.append(stored_name)
-            continue
-        tensor = read()
-        if num_labels and name.startswith(("classifier.", "mean_classifier.")):
-            if len(head_rows) < num_labels or len(tensor) != num_labels:
-                continue  # a head for other classes: a new one is made
-            tensor = tensor[head_rows]
-        if tensor.shape != expected[name].shape:
-            raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, config.json asks for "
-                             f"{tuple(expected[name].shape)}: get config.json and the weights from one place")
-        tensor = tensor.to(device=device, dtype=dtype)
-        if not tensor.sum(dtype=torch.float32).isfinite():
-            raise InputError(f"{ckpt}: {stored_name} has a value that is no number or infinite: take another "
-                             "checkpoint")
-        # in a .bin two can share memory, and training one would change the other
-        if tensor.data_ptr() in addresses:
-            tensor = tensor.clone()
-        addresses.add(tensor.data_ptr())
-        state[name] = tensor
-
-    # ---- what is surplus or missing
-    if surplus:
-        raise InputError(f"{ckpt} holds {len(surplus)} tensors that a {raw['model_type']} of its "
-                         f"config.json has no place for: {_some(surplus)}; get config.json and the weights "
-                         "from one place")
-    missing = [name for name in expected if name not in state]
-    needed = [name for name in missing if not any(name.startswith(key) for key in family.optional_keys)]
-    if needed:
-        raise InputError(f"{ckpt} lacks {len(needed)} tensors that a {raw['model_type']} of its config.json "
-                         f"needs: {_some(needed)}; get config.json and the weights from one place")
-    if missing:
-        print(f"initialised, not in the checkpoint or for other classes: {_some(missing)}")
-    for name in missing:
-        state[name] = initial(name, expected[name].shape).to(device=device, dtype=dtype)
+    if tied:
+        places["lm_head.weight"] = model.head_weight
+        optional = ("lm_head.weight",)
+    ignored = getattr(family, "ignored_keys", "^$")
+    state = _read(ckpt, stored, places, device, dtype, family.prefix, ignored, optional)
+    second_head = state.pop("lm_head.weight", None) if tied else None
+    new = [name for name in model.state_dict() if name not in state]
+    if new:
+        print(f"initialised, not in the checkpoint or for other classes: {_some(new)}")
+    for name in new:
+        state[name] = initial(name, places[name].shape).to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)
-    if read_second_head and not _equal(read_second_head(), model.head_weight):
+    if second_head is not None and not torch.equal(second_head, model.head_weight):
         raise InputError(f"{ckpt}: config.json ties the head to the embedding, but lm_head.weight differs "
                          "from it: to use it, set tie_word_embeddings to false there")
     model.base = hub.full_name(ckpt)
     return model.eval()
 
 
-def _equal(stored, tensor):
-    """Whether `stored` is what `tensor` was read from. In parts, to save memory."""
-    if stored.shape != tensor.shape:
-        return False
-    return all(torch.equal(a.to(b), b) for a, b in zip(stored.split(4096), tensor.split(4096)))
+def _read(ckpt, stored, places, device, dtype, prefix="", ignored="^$", optional=()):
+    """{name in `places`: tensor}; InputError where one has no place or another shape, or is missing.
+
+    stored: {name: function that reads that tensor}, used up here, so that what the file's version of a tensor
+    takes is freed in turn. places: {name: tensor of that shape}. prefix: of names, which a file may leave
+    out. ignored: pattern of names that need no place. optional: beginnings of names that may be missing.
+    """
+    state = {}
+    surplus = []
+    advice = "get configuration and weights from one place"
+    for stored_name in list(stored):
+        read = stored.pop(stored_name)
+        name = _place(stored_name, places, prefix)
+        if name is None and re.search(ignored, stored_name):
+            continue
+        if name is None or name in state:
+            surplus.append(stored_name)
+            continue
+        tensor = read()
+        if tensor.shape != places[name].shape:
+            raise InputError(f"{ckpt}: {stored_name} has shape {tuple(tensor.shape)}, its configuration asks "
+                             f"for {tuple(places[name].shape)}: {advice}")
+        state[name] = tensor.to(device=device, dtype=dtype)
+        if not state[name].sum(dtype=torch.float32).isfinite():
+            raise InputError(f"{ckpt}: {stored_name} has a value that is no number or infinite: take another "
+                             "checkpoint")
+    if surplus:
+        raise InputError(f"{ckpt} holds what its configuration has no place for: {_some(surplus)}; {advice}")
+    missing = [name for name in places if name not in state and not name.startswith(optional)]
+    if missing:
+        raise InputError(f"{ckpt} lacks what its configuration asks for: {_some(missing)}; {advice}")
+    return state
 
 
-def _without_shared_prefix(stored, family_prefix):
-    """What wrappers put before all names goes: module. (DataParallel), _orig_mod. (compile), model.
-    (Lightning)."""
-    while True:
-        prefixes = {name.partition(".")[0] + "." for name in stored}
-        rest = {name.partition(".")[2]: read for name, read in stored.items()}
-        own = prefixes == {family_prefix} and not all(name.startswith((family_prefix, "lm_head."))
-                                                      for name in rest)
-        if len(prefixes) != 1 or own or "" in rest:
-            return stored
-        stored = rest
+def _place(name, places, prefix):
+    """The name that a stored tensor has in the module; None where it has no place. Wrappers put module.
+    (DataParallel), _orig_mod. (compile) or model. (Lightning) before names, old files lack the family's
+    prefix."""
+    while name:
+        for own_name in (name, prefix + name):
+            if own_name in places:
+                return own_name
+        name = name.partition(".")[2]
+    return None
 
 
 def _end_of_text(ckpt, raw):
     """The ids that end a text, as config.json writes them: those of config.json and generation_config.json,
     else the tokenizer's."""
-    ids = {}
+    ids = []
     for config in (raw, hub.read_optional(ckpt, "generation_config.json")):
         given = config.get("eos_token_id")
-        ids |= dict.fromkeys(given if isinstance(given, list) else [given])
-    ids.pop(None, None)
+        ids += given if isinstance(given, list) else [given]
+    ids = [i for i in dict.fromkeys(ids) if i is not None]  # each once
     token = hub.read_optional(ckpt, "tokenizer_config.json").get("eos_token")
     if token and not ids:
         token = token if isinstance(token, str) else token["content"]
-        ids[load_tokenizer(ckpt).token_to_id(token)] = None
-    return list(ids) if len(ids) > 1 else next(iter(ids), None)
+        ids = [load_tokenizer(ckpt).token_to_id(token)]
+    return ids if len(ids) > 1 else next(iter(ids), None)
 
 
 def enable_gradient_checkpointing(model):
@@ -165,22 +156,14 @@ def enable_gradient_checkpointing(model):
 
 def build(family, raw):
     """The module on the meta device: shapes and no memory. raw: what config.json says."""
-    what = f"config.json of a {raw['model_type']}"
-    for field in fields(family.Config):
-        value = raw.get(field.name, field.default)
-        if value is MISSING:
-            raise InputError(f"{what} lacks {field.name}: get it again")
-        if field.default is MISSING and not (isinstance(value, int) and value > 0):
-            raise InputError(f"{what} gives {field.name} as {value!r}: it must be a positive number")
-        if "layer" in field.name and isinstance(value, int) and value > 1000:
-            raise InputError(f"{what} gives {field.name} as {value:,}: at most 1,000 blocks are built")
-        if isinstance(field.default, (int, float)) and not isinstance(value, (int, float, type(None))):
-            raise InputError(f"{what} gives {field.name} as {value!r}: write it as {field.default!r} is "
-                             "written")
     names = [field.name for field in fields(family.Config) if field.name in raw]
     config = family.Config(**{name: raw[name] for name in names})
-    with torch.device("meta"):  # the values come later
+    layers = getattr(config, "num_hidden_layers", None) or config.n_layer
+    if layers > 1000:
+        raise InputError(f"config.json asks for {layers:,} blocks: at most 1,000 are built")
+    with torch.device("meta"), torch.no_grad():  # the values come later
         model = family(config)
+        model(torch.zeros(1, dtype=torch.int64), [1])  # raises where sizes do not fit together
     for i in eos_ids(model):
         if not (isinstance(i, int) and 0 <= i < config.vocab_size):
             raise InputError(f"config.json gives eos_token_id {i}, outside the vocabulary of "
@@ -255,27 +238,27 @@ def save_model(model, tokenizer, folder):
 
     # ---- weights
     if lora.layers(model):
-        lora.save(model, folder)
+        name = "adapter_model.safetensors"
+        state = distributed.to_write(lora.weights(model))
+        write_json(folder / "adapter_config.json", lora.adapter_config(model))
     else:
+        name = "model.safetensors"
         state = distributed.to_write(model.state_dict())
-        write_atomically(folder / "model.safetensors",
-                         lambda path: save_file(state, path, metadata={"format": "pt"}),
-                         sum(tensor.nbytes for tensor in state.values()))
+    write_atomically(folder / name, lambda path: save_file(state, path, metadata={"format": "pt"}),
+                     sum(tensor.nbytes for tensor in state.values()))
 
     # ---- tokenizer; without tokenizer_config.json transformers picks a class by model_type and, for GPT-2,
     # loses the prefix space
     write_atomically(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
     special = {}
     for eos in eos_ids(model)[:1]:
-        special["eos_token"] = tokenizer.id_to_token(eos)
-        special["pad_token"] = tokenizer.id_to_token(eos)
+        special |= {"eos_token": tokenizer.id_to_token(eos), "pad_token": tokenizer.id_to_token(eos)}
     for name in ("bos_token", "pad_token"):
         if isinstance(raw.get(f"{name}_id"), int):
             special[name] = tokenizer.id_to_token(raw[f"{name}_id"])
-    if hasattr(model, "classify"):
-        for name in ("cls", "sep", "mask", "pad", "unk"):
-            if tokenizer.token_to_id(f"[{name.upper()}]") is not None:
-                special[f"{name}_token"] = f"[{name.upper()}]"
+    for name in ("cls", "sep", "mask", "pad", "unk") if hasattr(model, "classify") else ():
+        if tokenizer.token_to_id(f"[{name.upper()}]") is not None:
+            special[f"{name}_token"] = f"[{name.upper()}]"
     special = {name: token for name, token in special.items() if token is not None}
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context, **special})

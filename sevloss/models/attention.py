@@ -73,9 +73,8 @@ class PackedSequences:
         outputs = []
         # split, not slices: the backward pass of each slice would be as long as q
         for (length, count), qi, ki, vi in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
-            qi = qi.unflatten(0, (count, length)).transpose(1, 2)  # (count, H, length, d)
-            ki = ki.unflatten(0, (count, length)).transpose(1, 2)  # (count, K, length, d)
-            vi = vi.unflatten(0, (count, length)).transpose(1, 2)
+            # (count, H, length, d), twice (count, K, length, d)
+            qi, ki, vi = (t.unflatten(0, (count, length)).transpose(1, 2) for t in (qi, ki, vi))
             if training and q.dtype != torch.float32 and length <= MANUAL_MAX_LENGTH:
                 mask = self._mask(length, slopes, window, q.dtype) if self.causal else None
                 out = manual_attention(qi, ki, vi, mask, scale)
@@ -133,15 +132,15 @@ class KVCache:
 
     buffers: layer -> its keys and values (or a convolution's inputs), (B, K, room, d), each sequence from
     position 0 on; they grow by ROOM tokens. positions (N,), sequence_ids (N,): of the next call's tokens;
-    lengths, max_seqlen: with them.
+    lengths: with them.
     """
 
     ROOM = 64
+    max_seqlen = property(lambda cache: max(cache.lengths))
 
     def __init__(self, prompt_lengths, device):
         self.prompts = PackedSequences(prompt_lengths, device, causal=True)  # None after the first call
         self.lengths = self.prompts.lengths
-        self.max_seqlen = self.prompts.max_seqlen
         self.positions = self.prompts.positions
         self.sequence_ids = self.prompts.sequence_ids
         self.room = self.max_seqlen + self.ROOM
@@ -157,7 +156,6 @@ class KVCache:
             self.sequence_ids = torch.arange(len(self.lengths), device=self.positions.device)
             self.prompts = None
         self.lengths = [length + 1 for length in self.lengths]
-        self.max_seqlen += 1
         self._masks = {}
         if self.max_seqlen > self.room:
             self.room += self.ROOM
@@ -179,7 +177,6 @@ class KVCache:
         self.positions = selected(self.positions)
         self.sequence_ids = self.sequence_ids[:len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
-        self.max_seqlen = max(self.lengths)
 
     def attention(self, q, k, v, layer, *, scale=None, slopes=None, window=None):
         """As `PackedSequences.attention`; keys and values of the tokens before come from the cache."""
@@ -255,10 +252,3 @@ def check_context(sequences, context):
     if sequences.max_seqlen > context:
         raise InputError(f"a text has {sequences.max_seqlen} tokens, the model reads {context}: "
                          "lower --max-length")
-
-
-def check_heads(config, whole, part):
-    """InputError unless config.json's `whole`, a width or a number of heads, is a multiple of its `part`."""
-    if getattr(config, whole) % getattr(config, part):
-        raise InputError(f"{whole} {getattr(config, whole)} in config.json is not a multiple of "
-                         f"{part} {getattr(config, part)}")

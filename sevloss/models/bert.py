@@ -3,6 +3,7 @@
 Source: Devlin et al. 2019.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.attention import PackedSequences, check_context, check_heads
+from sevloss.inputs import tables
+from sevloss.models.attention import PackedSequences, check_context
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Bert(nn.Module):
     Config = BertConfig
     prefix = "bert."
     optional_keys = ("bert.pooler.", "classifier.", "mean_classifier.")  # initialised then
-    ignored_keys = r"^cls\.|embeddings\.position_ids$"
+    ignored_keys = r"\bcls\.|embeddings\.position_ids$"  # heads of pre-training
     blocks = property(lambda model: model.bert["encoder"]["layer"])
 
     def __init__(self, config):
@@ -108,7 +110,6 @@ class Bert(nn.Module):
         if config.hidden_act != "gelu" or config.position_embedding_type != "absolute":
             raise InputError("only BERT with gelu and absolute positions is known; config.json says "
                              f"{config.hidden_act!r} and {config.position_embedding_type!r}")
-        check_heads(config, "hidden_size", "num_attention_heads")
         self.config = config
         self.architecture = "BertModel"
         layers = [Layer(config) for _ in range(config.num_hidden_layers)]
@@ -128,21 +129,32 @@ class Bert(nn.Module):
                 self.mean_classifier = head
 
     @staticmethod
-    def normalize_config(raw, names):
-        """A pooler and a classifier are built where the checkpoint has them or `num_labels` asks for them. A
-        new head reads the first token through the pooler; where the checkpoint has no pooler, the mean of all
-        tokens, which needs none."""
-        pooler = any("pooler." in name for name in names)
-        stored_labels = len(raw.get("id2label") or (0, 1))
-        if "classifier.weight" in names:
-            pooling = "first"
-        elif "mean_classifier.weight" in names:
-            pooling = "mean"
-        else:
-            pooling = "first" if pooler else "mean"
-            stored_labels = 0
-        num_labels = raw.get("num_labels") or stored_labels
-        return {**raw, "num_labels": num_labels, "pooler": pooler, "pooling": pooling}
+    def normalize(raw, stored):
+        """config.json and tensors as stored -> as meant: a pooler and a classifier are built where they are
+        stored or num_labels asks for them. A new head reads the first token through the pooler; where none is
+        stored, the mean of all tokens, which needs none."""
+        for name in list(stored):  # old files
+            new_name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+            stored[new_name.replace("LayerNorm.beta", "LayerNorm.bias")] = stored.pop(name)
+        pooler = any("pooler." in name for name in stored)
+        pooling = "first" if pooler else "mean"
+        head = [name for name in stored if re.search(r"\b(mean_)?classifier\.", name)]
+        if head:
+            pooling = "mean" if "mean_classifier." in head[0] else "first"
+
+        # a head that is asked for: the stored one, its classes in our order; for other classes a new one
+        names = raw.get("id2label") or {}
+        num_labels = raw["num_labels"]
+        if head and not num_labels:
+            num_labels = len(names) or 2
+        elif num_labels:
+            classes = [tables.LABELS.get(tables.plain(names[i])) for i in sorted(names, key=int)]
+            rows = [classes.index(i) for i in range(num_labels) if i in classes]
+            for name in head:
+                tensor = stored.pop(name)()
+                if len(rows) == num_labels == len(tensor):
+                    stored[name] = tensor[rows].detach
+        return {**raw, "num_labels": num_labels or 0, "pooler": pooler, "pooling": pooling}
 
     def forward(self, tokens, lengths):
         return self.hidden_states(tokens, lengths, self.config.num_hidden_layers)

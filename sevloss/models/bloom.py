@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sevloss.models.attention import PackedSequences, check_heads
+from sevloss.models.attention import PackedSequences
 
 
 @dataclass
@@ -89,14 +89,11 @@ class Bloom(nn.Module):
     Config = BloomConfig
     architecture = "BloomForCausalLM"
     prefix = "transformer."
-    optional_keys = ()
-    ignored_keys = r"\0"  # nothing
     lora_targets = ("query_key_value",)
     blocks = property(lambda model: model.transformer["h"])
 
     def __init__(self, config):
         super().__init__()
-        check_heads(config, "hidden_size", "n_head")
         self.config = config
         self.transformer = nn.ModuleDict({
             "word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -108,7 +105,7 @@ class Bloom(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @staticmethod
-    def normalize_config(raw, names):
+    def normalize(raw, stored):
         """Old files say n_embed or num_attention_heads and num_hidden_layers."""
         old = {"hidden_size": "n_embed", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
         return {**{new: raw[name] for new, name in old.items() if name in raw}, **raw}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.attention import PackedSequences, check_context, check_heads
+from sevloss.models.attention import PackedSequences, check_context
 
 ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -111,7 +111,6 @@ class GPT2(nn.Module):
     Config = GPT2Config
     architecture = "GPT2LMHeadModel"
     prefix = "transformer."  # of all names but the head's; some checkpoints leave it out
-    optional_keys = ()
     ignored_keys = r"(^|\.)attn\.(bias|masked_bias)$"  # old checkpoints carry the causal mask
     lora_targets = ("c_attn", "c_proj")
     blocks = property(lambda model: model.transformer["h"])
@@ -121,7 +120,6 @@ class GPT2(nn.Module):
         if config.activation_function not in ACTIVATIONS:
             raise InputError(f"activation_function {config.activation_function!r} in config.json is not "
                              f"known; known: {', '.join(ACTIVATIONS)}")
-        check_heads(config, "n_embd", "n_head")
         self.config = config
         grover = config.model_type == "aragpt2"
         block_class = GroverBlock if grover else Block
@@ -136,9 +134,9 @@ class GPT2(nn.Module):
         self.dropout = nn.Dropout(config.embd_pdrop)
 
     @staticmethod
-    def normalize_config(raw, names):
+    def normalize(raw, stored):
         """config.json as stored -> as meant: AraGPT2-large and -mega are known by their embedding norm."""
-        if any(name.endswith("emb_norm.weight") for name in names):
+        if any(name.endswith("emb_norm.weight") for name in stored):
             return {**raw, "model_type": "aragpt2"}
         return raw
 

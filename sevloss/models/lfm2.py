@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.attention import PackedSequences, check_context, check_heads
+from sevloss.models.attention import PackedSequences, check_context
 from sevloss.models.llama import RMSNorm, rope_settings, rotary_angles, rotate
 
 
@@ -127,8 +127,6 @@ class Lfm2(nn.Module):
     Config = Lfm2Config
     architecture = "Lfm2ForCausalLM"
     prefix = "model."
-    optional_keys = ()
-    ignored_keys = r"\0"  # nothing
     lora_targets = ("q_proj", "v_proj")
     blocks = property(lambda model: model.model["layers"])
 
@@ -138,7 +136,6 @@ class Lfm2(nn.Module):
         if len(types) != config.num_hidden_layers or not set(types) <= {"full_attention", "conv"}:
             raise InputError("layer_types in config.json must say full_attention or conv for each of "
                              f"{config.num_hidden_layers} blocks; it is {config.layer_types}")
-        check_heads(config, "num_attention_heads", "num_key_value_heads")
         self.config = config
         self.rope = rope_settings(config)
         self.model = nn.ModuleDict({
@@ -150,7 +147,7 @@ class Lfm2(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @staticmethod
-    def normalize_config(raw, names):
+    def normalize(raw, stored):
         """Old files: block_ff_dim, full_attn_idxs and tie_embedding, which go before the new names."""
         new_names = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
         raw = raw | {new: raw[old] for old, new in new_names.items() if old in raw}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.attention import PackedSequences, check_context, check_heads
+from sevloss.models.attention import PackedSequences, check_context
 
 
 @dataclass
@@ -72,7 +72,6 @@ def rope_settings(config):
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         raise InputError(f"rotary positions of type {rope['rope_type']!r} in config.json are not known; "
                          "known: default, linear, llama3")
-    rotary_angles(rope, torch.zeros(1), 2)  # what is missing is missed here
     return rope
 
 
@@ -156,7 +155,6 @@ class Llama(nn.Module):
 
     Config = LlamaConfig
     prefix = "model."
-    optional_keys = ()
     ignored_keys = r"rotary_emb\.inv_freq$"  # old checkpoints carry the frequencies
     lora_targets = ("q_proj", "v_proj")
     blocks = property(lambda model: model.model["layers"])
@@ -166,8 +164,6 @@ class Llama(nn.Module):
         if config.hidden_act != "silu":
             raise InputError(f"hidden_act {config.hidden_act!r} in config.json is not known; "
                              f"a {config.model_type} has silu")
-        if config.num_key_value_heads:
-            check_heads(config, "num_attention_heads", "num_key_value_heads")
         self.config = config
         self.architecture = config.model_type.capitalize() + "ForCausalLM"  # Qwen2ForCausalLM
         self.rope = rope_settings(config)
@@ -180,7 +176,7 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @staticmethod
-    def normalize_config(raw, names):
+    def normalize(raw, stored):
         """What a config.json of `transformers` may leave out differs between the three."""
         defaults = {"llama": {}, "qwen2": {"max_position_embeddings": 32768},
                     "qwen3": {"max_position_embeddings": 32768, "head_dim": 128}}

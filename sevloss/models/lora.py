@@ -6,13 +6,11 @@ Adapters are stored in the format of the package `peft`, which opens them.
 import json
 import math
 import re
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from sevloss import InputError, distributed, interpreting, write_atomically, write_json
+from sevloss import InputError, interpreting
 from sevloss.inputs import hub
 from sevloss.models.gpt2 import Conv1D
 
@@ -68,26 +66,28 @@ def attach(model, r, *, alpha, dropout=0.0, targets=None, excluded=()):
     regular expression of whole names."""
     targets = targets or list(model.lora_targets)
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    names = _matching(linear, targets)
-    if isinstance(targets, str):
-        unknown = [] if names else [targets]
-    else:
-        unknown = [target for target in targets if not _matching(linear, [target])]
-    if unknown:
-        known = sorted({name.rpartition(".")[2] for name in linear})
-        raise InputError(f"LoRA targets: the model has no linear layers called {unknown[0]!r}; "
-                         f"it has {', '.join(known)}")
+    chosen = set()
+    for target, pattern in _patterns(targets).items():
+        matching = {name for name in linear if re.fullmatch(pattern, name)}
+        if not matching:
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise InputError(f"LoRA targets: the model has no linear layers called {target!r}; "
+                             f"it has {', '.join(known)}")
+        chosen |= matching
+    for pattern in _patterns(excluded).values():
+        chosen -= {name for name in chosen if re.fullmatch(pattern, name)}
     model.requires_grad_(False)
-    for name in sorted(names - _matching(linear, excluded)):
+    for name in sorted(chosen):
         layer = LoRALinear(model.get_submodule(name), r, alpha, dropout)
         model.set_submodule(name, layer.train(model.training))
     model.lora_config = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
 
 
-def _matching(names, targets):
+def _patterns(targets):
+    """{target: regular expression of whole names}"""
     if isinstance(targets, str):
-        return {name for name in names if re.fullmatch(targets, name)}
-    return {name for name in names for target in targets if f".{name}".endswith(f".{target}")}
+        return {targets: targets}
+    return {target: rf"(.*\.)?{re.escape(target)}" for target in targets}
 
 
 def layers(model):
@@ -97,11 +97,7 @@ def layers(model):
 
 def weights(model):
     """{name in peft's files: lora_A and lora_B of every layer}"""
-    named = {}
-    for name, layer in layers(model).items():
-        named[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.weight
-        named[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.weight
-    return named
+    return {PREFIX + name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
 def merge(model):
@@ -110,22 +106,16 @@ def merge(model):
         model.set_submodule(name, layer.merged())
 
 
-def save(model, folder):
-    """adapter_config.json and adapter_model.safetensors, as `peft` writes them."""
-    folder = Path(folder)
-    tensors = distributed.to_write(weights(model))
-    write_atomically(folder / "adapter_model.safetensors",
-                     lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+def adapter_config(model):
+    """adapter_config.json, as `peft` writes it."""
     transposed = any(layer.transposed for layer in layers(model).values())
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base,
-              "bias": "none", "fan_in_fan_out": transposed, "inference_mode": True, **model.lora_config}
-    write_json(folder / "adapter_config.json", config)
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base,
+            "bias": "none", "fan_in_fan_out": transposed, "inference_mode": True, **model.lora_config}
 
 
-def load(model, folder):
-    """Attaches the adapters of `folder`, ours or peft's, to their base model."""
-    # what they are
-    path = Path(folder) / "adapter_config.json"
+def attach_stored(model, folder):
+    """Attaches adapters as the adapter_config.json of `folder`, ours or peft's, describes them."""
+    path = folder / "adapter_config.json"
     config = hub.read_json(path)
     unknown = [f"{key} {value!r}" for key, value in config.items() if key not in (*READ, *WITHOUT_EFFECT)
                and json.dumps(value) not in ALLOWED.get(key, OFF)]
@@ -138,20 +128,3 @@ def load(model, folder):
             raise ValueError(f"r {r}, lora_alpha {alpha}, target_modules {config['target_modules']!r}")
         attach(model, r, alpha=alpha, dropout=config.get("lora_dropout", 0.0),
                targets=config["target_modules"], excluded=config.get("exclude_modules") or ())
-
-    # their weights
-    expected = weights(model)
-    stored = hub.open_tensors(hub.find_file(folder, hub.ADAPTERS))
-    if different := sorted(expected.keys() ^ stored.keys()):
-        state = "missing" if different[0] in expected else "surplus"
-        base = config.get("base_model_name_or_path")
-        raise InputError(f"{folder}: the adapters do not fit the base {base}: {different[0]} is {state}")
-    with torch.no_grad():
-        for name, weight in expected.items():
-            tensor = stored[name]()
-            if tensor.shape != weight.shape:
-                raise InputError(f"{folder}: {name} has shape {tuple(tensor.shape)}, "
-                                 f"the base asks for {tuple(weight.shape)}")
-            if not tensor.isfinite().all():
-                raise InputError(f"{folder}: {name} has a value that is no number or infinite")
-            weight.copy_(tensor)

@@ -129,6 +129,7 @@ class Observer(TorchDispatchMode):
         if hasattr(model, "head_weight"):
             self.head = next(name for name, p in matrices.items() if p is model.head_weight)
         self.waits.clear()
+        self.attention.clear()  # of the pass on the meta device
         self.casts.clear()
 
     def values(self, tensor):
