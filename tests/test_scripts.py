@@ -94,6 +94,33 @@ def test_three_scripts_in_a_row(table, tmp_path):
     assert refused.stderr.startswith("error: --weighting is one of") and refused.stderr.count("\n") == 1
 
 
+# ------------------------------------------------------------------ tables of one's own for the sides
+
+def test_validation_table_of_ones_own(folder, table, rows, capfd):
+    """All of --data is trained on, but for complaints that the validation table has, too; these are counted.
+    Then that table is no test set: evaluate.py wants another one."""
+    def write(name, rows):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / name).write_text(text, encoding="utf-8")
+        return folder / name
+    spelled_otherwise = [{**row, "Question": row["Question"].replace("أ", "ا") + "!!"} for row in rows[:10]]
+    new = [{"Question": f"سؤال جديد {i}", "Answer": "نعم"} for i in range(5)]  # no severity: none is needed
+    validation = write("valid.jsonl", [{key: row[key] for key in ("Question", "Answer")}
+                                       for row in spelled_otherwise + new])
+    out = folder / "own-validation"
+    call(finetune, "--data", table, "--validation", validation, "--out", out, "--max-steps", 1)
+    printed = capfd.readouterr().out
+    assert "10 rows are not trained on: their complaints are in " in printed
+    assert f"{len(rows) - 10} pairs to train on, 15 to validate on, 0 kept for evaluate.py" in printed
+
+    refusal(evaluate, out, "--max-new-tokens", 0)
+    message = capfd.readouterr().err
+    assert "was trained on" in message and "--data" in message and message.count("\n") == 1
+    test = write("test.jsonl", new)
+    call(evaluate, out, "--data", test, "--split", "all", "--max-new-tokens", 0)
+    assert "5 rows are evaluated" in capfd.readouterr().out
+
+
 # ------------------------------------------------------------------ finetune.py: what a run leaves
 
 def test_run_folder(base, table):
