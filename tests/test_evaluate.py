@@ -238,7 +238,7 @@ def test_two_models_and_their_report(run, start, tmp_path, monkeypatch, capsys, 
     table, page = (out / "table.txt").read_text(), Page((out / "report.html").read_text())
     assert table in printed + "\n" and sentence in printed and sentence in page.texts
     nll = f"{means['run', 'all', 'NLL']:.4f}"
-    assert nll in table and page.tables["Main scores"][0][1][1].startswith(nll[:4])
+    assert nll in table and page.tables["Main scores"][0][1][1].startswith(f"{means['run', 'all', 'NLL']:.2f}")
     assert {path.name for path in out.iterdir() if not path.name.startswith("answers-")} == {
         "table.txt", "evaluation.json", "report.html", "scores.jsonl", "generations.jsonl", "nll.png",
         "contrast.png"}
