@@ -1,6 +1,7 @@
-"""Severity probabilities out of fold from what a few thousand labels allow: n-grams and frozen encoders.
+r"""Severity probabilities out of fold from what a few thousand labels allow: n-grams and frozen encoders.
 
-    python benchmarks/ensemble.py --data posts.xlsx --encoders multilingual-e5-small:11 --to new.jsonl
+    python benchmarks/ensemble.py --data posts.xlsx --to new.jsonl \
+        --encoders intfloat/multilingual-e5-small:11
 
 Members: the linear model on character n-grams, and for each encoder (CKPT:BLOCK, any checkpoint of
 sevloss.models) a linear model on the mean of the block's output over the tokens. Their logits are added up.

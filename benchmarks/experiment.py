@@ -37,7 +37,7 @@ from sevloss.inputs import tables
 from sevloss.severity import CLASSES, class_name
 
 SETTINGS = {  # in the order in which they are run: name -> k, whose probabilities
-    "none": (0, "labels"),
+    "none": (0, "classifier"),  # all weights are 1, whatever the probabilities
     "strong-labels": (0.75, "labels"),
     "strong-labels-shuffled": (0.75, "labels-shuffled"),
     "one-labels": (1, "labels"),
@@ -174,7 +174,7 @@ def difference(results, setting, control, group):
 def slope(results):
     """The t test of the contrast's slope over k, one least-squares line a seed through the settings with
     labels; None of fewer than three seeds that have them all."""
-    with_labels = [name for name in results if SETTINGS[name][1] == "labels"]
+    with_labels = [name for name in results if name == "none" or SETTINGS[name][1] == "labels"]
     by_k = {SETTINGS[name][0]: results[name] for name in with_labels}
     if len(by_k) < 3:
         return None

@@ -172,8 +172,11 @@ def test_probabilities_of_the_experiment(load):
         shuffled = experiment.probabilities_of(pairs, f"{source}-shuffled", 0)
         assert (rows != shuffled).any(1).float().mean() > 0.5
         torch.testing.assert_close(rows.sort(0).values, shuffled.sort(0).values)
+    unlabelled = [pair._replace(severity=None) for pair in pairs]
+    source = experiment.SETTINGS["none"][1]  # a table without labels must have its control all the same
+    assert len(experiment.probabilities_of(unlabelled, source, 0)) == len(pairs)
     with pytest.raises(InputError, match="without a label"):
-        experiment.probabilities_of([pair._replace(severity=None) for pair in pairs], "labels", 0)
+        experiment.probabilities_of(unlabelled, "labels", 0)
 
 
 def test_verdicts_of_the_experiment(load, tmp_path):
