@@ -29,7 +29,7 @@ from sevloss import (
     stop,
     terminal,
 )
-from sevloss.data import Fingerprint, digest, file_fingerprint, sample_pairs, split_pairs
+from sevloss.data import Fingerprint, digest, sample_pairs, split_pairs
 from sevloss.evaluation import findings, scores
 from sevloss.evaluation.bertscore import Scorer
 from sevloss.evaluation.report import write_evaluation
@@ -212,8 +212,8 @@ def answer_rows(name, run, pairs, protocol, args, path):
             checkpoint.append(path, lines, to_disk=True)
             bar.update(len(part))
             stop.waits = False  # before the look: one that comes later stops at once
-            stop.leave(max(distributed.gather(stop.signal)), "the answers so far are kept; the same command "
-                                                             "goes on")
+            stop.leave_if(max(distributed.gather(stop.signal)),
+                          "the answers so far are kept; the same command goes on")
     distributed.wait_for_all()  # until rank 0 has written the last of them
 
 
@@ -308,7 +308,7 @@ def evaluate(args, names, out):
             answers[name] = findings.load_answers(name)
         else:
             runs[name] = findings.read_run_json(name)  # {} for a plain checkpoint
-            weights[name] = file_fingerprint(hub.find_file(name, (*hub.ADAPTERS, *hub.WEIGHTS)))
+            weights[name] = checkpoint.weights_digest(name)
 
     # Test rows
     protocols = {name: a.protocol for name, a in answers.items()}

@@ -45,7 +45,7 @@ from sevloss.optimizer import adamw, set_learning_rate
 from sevloss.severity import parse_weighting
 
 # "paper": what the published notebooks set; docs/paper-recipe.md says what is wrong with it. Arguments that
-# are given go before a recipe's.
+# are given override a recipe's.
 RECIPES = {"default": {}, "paper": dict(
     supervise="row", max_length=512, train_rows=20_000, epochs=3.0, batch_size=8, lr=2e-4, warmup=0.0,
     weight_decay=0.0, clip=1.0, lora=16, lora_alpha=32.0, lora_dropout=0.05)}
@@ -125,9 +125,6 @@ def parse_arguments():
         raise InputError("--merge and --lora-targets belong to --lora R")
     if args.lora_dropout >= 1:
         raise InputError(f"--lora-dropout must be less than 1, not {args.lora_dropout}")
-    for table in (args.data, args.validation):
-        if table:
-            data.file_fingerprint(table)  # refuses one that is not there, before anything is computed
     return args
 
 
@@ -160,18 +157,18 @@ def table_with_severity(args, weighted, compute):
     return table, dict(needed=NEEDED, probabilities=probabilities, columns=columns)
 
 
-def encode_table(args, table, tokenizer, reading, encoding):
-    """data.encoded_table. Rank 0 makes it first; then the others find it."""
-    validation_reading = None
+def load_examples(args, table, tokenizer, read_options, encode_options):
+    """The data.EncodedTable. Rank 0 makes it first; then the others find it."""
+    validation_options = None
     if args.validation:  # of which no probabilities are needed
         columns = tables.parse_columns(args.columns)
         columns = {role: column for role, column in columns.items() if role in NEEDED}
-        validation_reading = dict(path=args.validation, needed=NEEDED, columns=columns)
+        validation_options = dict(path=args.validation, needed=NEEDED, columns=columns)
     if distributed.rank() > 0:
         distributed.wait_for_all()
-    encoded = data.encoded_table(table, tokenizer, reading=reading, encoding=encoding,
+    encoded = data.encoded_table(table, tokenizer, read_options=read_options, encode_options=encode_options,
                                  supervise=args.supervise, train_rows=args.train_rows,
-                                 validation_reading=validation_reading)
+                                 validation_options=validation_options)
     if distributed.rank() == 0:
         distributed.wait_for_all()
     print(f"{len(encoded.train):,} pairs to train on, {len(encoded.validation):,} to validate on, "
@@ -181,11 +178,11 @@ def encode_table(args, table, tokenizer, reading, encoding):
 
 # --- model --------------------------------------------------------------------------------------------------
 
-def load_checkpoint(args, compute, table, reading):
+def load_checkpoint(args, compute, table, read_options):
     """(model, tokenizer, preprocessing) of --ckpt; `tiny`: new, its vocabulary made of the training texts."""
     if args.ckpt == "tiny":
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
-        model, tokenizer = tiny_gpt2(training_texts(args, table, reading, preprocess))
+        model, tokenizer = tiny_gpt2(training_texts(args, table, read_options, preprocess))
     else:
         # A frozen base is held in the dtype it is computed in: autocast would cast it anew at every use.
         # Shards have one dtype and are cast when they are gathered.
@@ -198,9 +195,9 @@ def load_checkpoint(args, compute, table, reading):
     return model, tokenizer, preprocess
 
 
-def training_texts(args, table, reading, preprocess):
-    with contextlib.redirect_stdout(io.StringIO()):  # encode_table will say the same about the table
-        pairs = tables.read_pairs(table, **reading)
+def training_texts(args, table, read_options, preprocess):
+    with contextlib.redirect_stdout(io.StringIO()):  # load_examples will say the same about the table
+        pairs = tables.read_pairs(table, **read_options)
     if not args.validation:
         pairs = data.split_pairs(pairs)["train"]
     texts = []
@@ -244,7 +241,7 @@ def show_weights(weights, coefficients):
                   "the weighting will hardly act.")
 
 
-def step_batches(examples, token_weights, args, compute, first_step):
+def step_batches(examples, weight_per_token, args, compute, first_step):
     """Yields (indices of the examples, their micro-batches on the device) of each optimizer step.
 
     Each epoch has an order of its own, made of seed and epoch; its last step may have fewer examples. With
@@ -258,7 +255,7 @@ def step_batches(examples, token_weights, args, compute, first_step):
             order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
         indices = order[step_of_epoch * args.batch_size:(step_of_epoch + 1) * args.batch_size]
         parts = distributed.micro_batches(examples.input_lengths, indices, args.micro_tokens)
-        yield indices, [data.make_batch(examples, part, compute.device, token_weights) for part in parts]
+        yield indices, [data.make_batch(examples, part, compute.device, weight_per_token) for part in parts]
 
 
 def resume_or_begin(run, args, record, model, tokenizer, optimizer, scaler):
@@ -284,7 +281,7 @@ def validate_and_save(run, model, tokenizer, optimizer, scaler, validation, comp
     """
     nll = float(scores.response_nll(model, validation, compute).sum() / validation.target_counts.sum())
     if not math.isfinite(nll):
-        raise checkpoint.not_finite(run, f"the validation NLL is {nll} after step {progress['step']}")
+        raise checkpoint.record_not_finite(run, f"the validation NLL is {nll} after step {progress['step']}")
     if nll < progress["best"]:
         progress["best"] = nll
         progress["best_step"] = progress["step"]
@@ -330,17 +327,17 @@ def train(args, run):
     # ---- device; severity: the table's own probabilities, or those of a classifier
     coefficients = parse_weighting(args.weighting)
     compute = choose_compute(args)
-    table, reading = table_with_severity(args, len(set(coefficients)) > 1, compute)
+    table, read_options = table_with_severity(args, len(set(coefficients)) > 1, compute)
 
     # ---- model and tokenizer; seeded here: runs that differ only in their weights start from the same model
     device.seed_everything(args.seed)
-    model, tokenizer, preprocess = load_checkpoint(args, compute, table, reading)
+    model, tokenizer, preprocess = load_checkpoint(args, compute, table, read_options)
     prepare_for_training(model, args, compute)
 
     # ---- data: table -> pairs -> splits -> ids
-    encoding = dict(max_length=min(args.max_length, model.config.context), eos_id=eos_ids(model)[0],
+    encode_options = dict(max_length=min(args.max_length, model.config.context), eos_id=eos_ids(model)[0],
                     preprocess=preprocess)
-    encoded = encode_table(args, table, tokenizer, reading, encoding)
+    encoded = load_examples(args, table, tokenizer, read_options, encode_options)
     examples = encoded.train
 
     # ---- severity -> weight of each example -> weight of each of its tokens, the normalisation folded in
@@ -348,9 +345,9 @@ def train(args, run):
     if not weights.any():
         raise InputError(f"--weighting {args.weighting} gives every example the weight 0: nothing to learn")
     show_weights(weights, coefficients)
-    token_weights = weights.numpy()
+    weight_per_token = weights.numpy()
     if args.normalise == "example":
-        token_weights = token_weights / examples.target_counts  # the paper's w / L
+        weight_per_token = weight_per_token / examples.target_counts  # the paper's w / L
 
     # ---- optimizer
     optimizer = adamw(model, args.lr, args.weight_decay)
@@ -362,14 +359,14 @@ def train(args, run):
 
     # ---- resume, or begin; run.json holds, beside the arguments:
     record = dict(coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT, compute=str(compute),
-                  table=str(table), columns=reading["columns"], steps=steps,
+                  table=str(table), columns=read_options["columns"], steps=steps,
                   data_fingerprint=encoded.fingerprint,
                   model_fingerprint="" if args.ckpt == "tiny" else checkpoint.weights_digest(args.ckpt))
     progress = resume_or_begin(run, args, record, model, tokenizer, optimizer, scaler)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
 
     # ---- the loop: an optimizer step a turn
-    batches = step_batches(examples, token_weights, args, compute, progress["step"])
+    batches = step_batches(examples, weight_per_token, args, compute, progress["step"])
     upcoming = next(batches)
     stop.waits = True  # a signal is looked at between steps
     for step in range(progress["step"], steps):
@@ -408,9 +405,10 @@ def train(args, run):
 
         # optimizer step; fp16 skips it where the scaled gradients overflowed, and lowers the scale
         finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
-        if not finite and not (scaler.is_enabled() and math.isfinite(step_loss)):
+        skipped = scaler.is_enabled() and math.isfinite(step_loss) and not finite
+        if not finite and not skipped:
             rows = ", ".join(map(str, sorted(examples.rows[indices])))
-            raise checkpoint.not_finite(run, f"loss {step_loss} and gradient norm {grad_norm} at step "
+            raise checkpoint.record_not_finite(run, f"loss {step_loss} and gradient norm {grad_norm} at step "
                                              f"{step + 1}, with rows {rows} of the table")
         scaler.step(optimizer)
         scaler.update()
@@ -436,7 +434,7 @@ def train(args, run):
         elif stopping:
             checkpoint.save_state(run, model, optimizer, scaler, progress)
         if step + 1 < steps:
-            stop.leave(stopping, f"saved after step {step + 1} of {steps}: --resume --out {run} goes on")
+            stop.leave_if(stopping, f"saved after step {step + 1} of {steps}: --resume --out {run} goes on")
     stop.waits = False
     bar.close()
     finish(run, args, tokenizer, progress, compute)

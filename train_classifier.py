@@ -116,7 +116,7 @@ def soft_targets(pairs):
 
 
 def labels_of(pairs):
-    """(n,)"""
+    """(n,) indices into CLASSES"""
     return torch.tensor([pair.severity for pair in pairs])
 
 
@@ -297,7 +297,7 @@ def main():
     args.device = distributed.start(args.device)
     annotate_only = args.annotate and not args.data
     if args.annotate:  # what would fail should fail before hours of training
-        with lock(f"{args.to}.lock"):  # removes that of a stop after the last step
+        with lock(f"{args.to}.lock"):  # a lock that a killed process left goes with it
             annotate.check_target(args.to)
     compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny",
                             deterministic=args.deterministic)

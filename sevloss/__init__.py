@@ -40,7 +40,7 @@ def interpreting(path, advice="correct it or get it again", wanted="used"):
 
 
 def writing(path):
-    """The same around code that writes a file."""
+    """Like `interpreting`, around code that writes a file."""
     return interpreting(path, "what was saved before stays", wanted="written")
 
 
@@ -147,7 +147,7 @@ def lock(path, wait=False):
 
 class Stop:
     """What Ctrl-C and SIGTERM do: they end the script at once; or, where a loop has set `waits`, the first
-    one is kept in `signal` until the loop calls `leave`, its step done and saved."""
+    one is kept in `signal` until the loop calls `leave_if`, its step done and saved."""
     waits = False
     signal = 0
 
@@ -158,7 +158,7 @@ class Stop:
             raise KeyboardInterrupt
         os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may be at work just now
 
-    def leave(self, signal, message):
+    def leave_if(self, signal, message):
         if signal:
             self.signal = signal  # it may be another rank's
             raise KeyboardInterrupt(message)

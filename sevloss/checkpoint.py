@@ -143,8 +143,11 @@ def write_run_json(run, script, arguments, **results):
 
 def weights_digest(ckpt):
     """Of the size of a checkpoint's weights and of some 4,096 bytes of them: changes with every training."""
-    content = np.memmap(hub.find_file(ckpt, (*hub.ADAPTERS, *hub.WEIGHTS)), mode="r")
-    return digest(len(content), content[::len(content) // 4096 + 1].tobytes())
+    parts = []
+    for path in hub.weight_files(ckpt, (*hub.ADAPTERS, *hub.WEIGHTS)):
+        content = np.memmap(path, mode="r")
+        parts.append((len(content), content[::len(content) // 4096 + 1].tobytes()))
+    return digest(parts)
 
 
 # --- going on -----------------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ def check_resumed(run, arguments, results):
               "that of a run so long")
 
 
-def not_finite(run, what):
+def record_not_finite(run, what):
     """The InputError of a run whose numbers left their range; it may then go on with another --lr."""
     write_json(run / "run.json", hub.read_json(run / "run.json") | {"not_finite": what})
     return InputError(f"{what}: the last save stays; go on with --resume and a lower --lr, or --dtype fp32")
@@ -187,7 +190,7 @@ def save_state(run, model, optimizer, scaler, progress):
     weights = distributed.to_write({name: tensors[name] for name in learnt})
     finite = all(weight.isfinite().all() for weight in weights.values())
     if not all(distributed.gather(finite)):  # rank 0 has seen it, all stop
-        raise not_finite(run, f"the weights are not finite after step {progress['step']}")
+        raise record_not_finite(run, f"the weights are not finite after step {progress['step']}")
     moments = optimizer.state_dict()
     for i, tensors in moments["state"].items():
         moments["state"][i] = distributed.to_write(tensors)

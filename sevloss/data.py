@@ -164,7 +164,8 @@ def encode(tokenizer, texts, *, special):
 def encode_from_start(tokenizer, texts):
     """List of id lists, with what the tokenizer puts before a text (BOS), not what follows it (EOS)."""
     probe = tokenizer.encode("ا")
-    before = probe.ids[:[*probe.special_tokens_mask, 0].index(0)]
+    ordinary = [*probe.special_tokens_mask, 0].index(0)  # place of the first token that is not special
+    before = probe.ids[:ordinary]
     return [before + ids for ids in encode(tokenizer, texts, special=False)]
 
 
@@ -194,7 +195,8 @@ def encode_prompts(tokenizer, complaints, max_lengths, prompt=PROMPT):
         cut += 1
         ends = [end for _, end in tokenizer.encode(complaint, add_special_tokens=False).offsets]
         while len(ids[i]) > max_length:  # once, as a rule: the end of what is left may encode to a token more
-            del ends[max_length - len(ids[i]):]
+            surplus = len(ids[i]) - max_length
+            del ends[-surplus:]
             if not ends:
                 raise InputError(f"{max_length} tokens are too few for a prompt: raise --max-length")
             ids[i], = encode_from_start(tokenizer, [prompt.format(complaint=complaint[:ends[-1]])])
@@ -306,10 +308,10 @@ def encoded_table(table, tokenizer, *, folder="runs/encoded", **how):
     another name, renamed and never changed; one that is damaged is made anew, and a stale one can be deleted
     at any time. What was printed when it was made is printed again.
     """
-    validation_reading = how.get("validation_reading")
+    validation_options = how.get("validation_options")
     made_from = dict(how, table=file_fingerprint(table), tokenizer=digest(tokenizer.to_str()), prompt=PROMPT,
                      split_rule=SPLIT_RULE,
-                     validation_table=validation_reading and file_fingerprint(validation_reading["path"]))
+                     validation_table=validation_options and file_fingerprint(validation_options["path"]))
     folder = Path(folder) / f"{Path(table).stem}-{digest(made_from)}"
     temporary = folder.with_name(f"{folder.name}.tmp")
     checksum = folder / "checksum"
@@ -344,27 +346,27 @@ def _checksum(folder):
     return total.digest()
 
 
-def _write_table(folder, table, tokenizer, *, reading, encoding, supervise="response", train_rows=None,
-                 validation_reading=None, validation_rows=1000):
+def _write_table(folder, table, tokenizer, *, read_options, encode_options, supervise="response",
+                 train_rows=None, validation_options=None, validation_rows=1000):
     """Fills `folder`, ROWS_AT_ONCE rows at a time: the table's fingerprint and number of test rows.
 
-    reading: arguments of tables.usable_pairs; encoding: of encode_pairs; supervise: response or row;
-    train_rows: only the first so many (None: all); validation_reading: arguments of usable_pairs for a table
-    of its own, and then all of `table` is trained on; validation_rows: at most so many, to choose the best
-    step.
+    read_options: arguments of tables.usable_pairs; encode_options: of encode_pairs; supervise: response or
+    row; train_rows: only the first so many (None: all); validation_options: arguments of usable_pairs for a
+    table of its own, and then all of `table` is trained on; validation_rows: at most so many, to choose the
+    best step.
     """
     encode_training = encode_published if supervise == "row" else encode_pairs
-    validation_pairs = tables.read_pairs(**validation_reading) if validation_reading else []
+    validation_pairs = tables.read_pairs(**validation_options) if validation_options else []
     validation_ids = {complaint_id(pair.complaint) for pair in validation_pairs}
     fingerprint = Fingerprint()
     trained = 0
     shared = 0
     test_rows = 0
     cuts = Counter()
-    pairs = tables.usable_pairs(table, **reading)
+    pairs = tables.usable_pairs(table, **read_options)
     while part := list(islice(pairs, ROWS_AT_ONCE)):
         fingerprint.add(part)
-        if validation_reading:
+        if validation_options:
             train = [pair for pair in part if complaint_id(pair.complaint) not in validation_ids]
             shared += len(part) - len(train)
         else:
@@ -375,7 +377,7 @@ def _write_table(folder, table, tokenizer, *, reading, encoding, supervise="resp
         validation_pairs = sample_pairs(validation_pairs, validation_rows)
         if train_rows:
             train = train[:train_rows - trained]
-        examples, part_cuts = encode_training(train, tokenizer, **encoding)
+        examples, part_cuts = encode_training(train, tokenizer, **encode_options)
         _append_examples(folder / "train", examples)
         trained += len(train)
         cuts += part_cuts
@@ -383,12 +385,12 @@ def _write_table(folder, table, tokenizer, *, reading, encoding, supervise="resp
         raise InputError(f"{table} has too few complaints to train and validate on")
     if cuts["empty"] == trained:
         raise InputError(f"{table}: preprocessing leaves nothing of any response: use --preprocess none")
-    if validation_reading:
-        print(f"  {shared:,} rows are not trained on: their complaints are in {validation_reading['path']}")
+    if validation_options:
+        print(f"  {shared:,} rows are not trained on: their complaints are in {validation_options['path']}")
         fingerprint.add(validation_pairs)
-    examples, part_cuts = encode_pairs(validation_pairs, tokenizer, **encoding)
+    examples, part_cuts = encode_pairs(validation_pairs, tokenizer, **encode_options)
     _append_examples(folder / "validation", examples)
-    if line := describe_cuts(cuts + part_cuts, trained + len(validation_pairs), encoding["max_length"]):
+    if line := describe_cuts(cuts + part_cuts, trained + len(validation_pairs), encode_options["max_length"]):
         print(line)
     return {"fingerprint": str(fingerprint), "test_rows": test_rows}
 
@@ -419,8 +421,8 @@ class Batch:
     weights: torch.Tensor | None  # (S,) fp32
 
 
-def make_batch(examples, indices, device="cpu", token_weights=None):
-    """The examples `indices`, packed; without any, a token that predicts nothing. token_weights (n,): what
+def make_batch(examples, indices, device="cpu", weight_per_token=None):
+    """The examples `indices`, packed; without any, a token that predicts nothing. weight_per_token (n,): what
     each target of each of all n weighs."""
     if len(indices) == 0:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
@@ -446,8 +448,8 @@ def make_batch(examples, indices, device="cpu", token_weights=None):
         supervised_index=on_device(np.concatenate(supervised)),
         targets=on_device(targets),
         sequence=on_device(np.repeat(np.arange(len(rows)), counts)),
-        weights=None if token_weights is None else on_device(np.repeat(token_weights[indices], counts),
-                                                             np.float32))
+        weights=None if weight_per_token is None else on_device(np.repeat(weight_per_token[indices], counts),
+                                                                np.float32))
 
 
 def micro_batches(lengths, indices, max_tokens):

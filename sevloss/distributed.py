@@ -142,7 +142,7 @@ def to_write(tensors):
 
 
 def part_like(parameter, tensor):
-    """The other way round: of a whole tensor what this rank keeps, where `parameter` is sharded."""
+    """Of a whole tensor the part that this rank keeps, where `parameter` is sharded: `whole` backwards."""
     if not is_sharded(parameter) or tensor.shape != parameter.shape:  # AdamW's count of steps has no shape
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -1,14 +1,16 @@
 """The method: a severity weight per example, and token cross-entropy scaled by it.
 
     w    = a p_nc + b p_n + c p_c                                (severity_weights)
-    loss = sum_i w_i * (-log softmax(logits_i)[target_i]) / denominator
+    loss = sum_t w_t * (-log softmax(logits_t)[target_t]) / denominator     over the tokens t of all examples
 
 `weighted_token_ce` takes logits. `linear_weighted_token_ce` takes hidden states and the output embedding and
-never holds the (tokens x vocabulary) matrix: same value and gradients, a fraction of the memory, less time.
+never holds the (tokens x vocabulary) matrix: same value and gradients, a fraction of the memory, less time on
+a CPU.
 
 Weights and denominator together express every normalisation:
-    mean over examples of the paper's (1/L) sum   weights w_i / L_i, denominator = examples in the step
-    mean over tokens                              weights w_i,       denominator = supervised tokens in it
+    mean over examples of the paper's (1/L) sum   w_t = w / L, denominator = examples in the step
+    mean over tokens                              w_t = w,     denominator = supervised tokens in the step
+where w and L, the number of supervised tokens, are those of the example that t belongs to.
 Under gradient accumulation, count the denominator over all micro-batches first and pass it to each call.
 
 The file imports torch alone (2.4; the second half, in 16 bits on CUDA, 2.10) and is made to be pasted into
@@ -164,6 +166,7 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
 
         # scales of what is stored in 16 bits
         g_scale = 2.0 ** 8 if dtype == torch.float16 else 1.0  # fp16 would lose small entries of G
+        # the padding is for no rows at all, and for weights that are all 0
         unit = F.pad(w.abs(), (0, 1), value=torch.finfo(wide).tiny).amax().log2().floor().exp2()
         w_scaled = (w / unit)[:, None]  # (N, 1)
         x_weighted = (x * w_scaled).to(dtype)  # (N, D)
@@ -207,7 +210,7 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
                     p *= g_scale
                 z_block.copy_(p)
 
-            # log-sum-exp is max z - log max p: exact where p of the target has underflowed
+            # max p = exp(max z - lse), so lse = max z - log max p: exact even where p of the target is 0
             nll[c] = z_max - p_max.log() - z_target
 
             # softmax -> G: p - 1 at the targets

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sevloss import InputError
+from sevloss.checkpoint import weights_digest
 from sevloss.inputs.hub import WEIGHTS
 from sevloss.models import check_causal, eos_ids, from_scratch, load_model, load_tokenizer, save_model
 
@@ -99,8 +100,14 @@ def test_storage(edited, golden, kind, sharded):
         (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {},
                                                                         "weight_map": weight_map}))
     else:
-        write(tensors, folder / f"{stem}.{suffix}")
+        file, names = f"{stem}.{suffix}", sorted(tensors)
+        write(tensors, folder / file)
     assert_same_weights(load_model(folder), load_model(golden / "gpt2"))
+
+    # What resuming asks: are these the weights that the run began with? The last file has other ones now
+    before = weights_digest(folder)
+    write({name: tensors[name] + 1e-3 for name in (shards[file] if sharded else names)}, folder / file)
+    assert weights_digest(folder) != before
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)

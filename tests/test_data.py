@@ -153,14 +153,14 @@ ARRAYS = ("ids", "lengths", "first_target", "probabilities")
 
 @pytest.fixture
 def open_table(tiny, write_table, rows, tmp_path, monkeypatch):
-    """open_table(reading=..., encoding=..., ...) -> (EncodedTable, whether it was made now); in parts of 7
+    """open_table(read_options=..., encode_options=..., ...) -> (EncodedTable, whether it was made now); in parts of 7
     rows."""
     monkeypatch.setattr(data, "ROWS_AT_ONCE", 7)
     path = write_table("table.jsonl", rows)
 
-    def open_table(tokenizer=tiny[1], reading=READING, encoding=ENCODING, validation_rows=5, **others):
+    def open_table(tokenizer=tiny[1], read_options=READING, encode_options=ENCODING, validation_rows=5, **others):
         before = set(tmp_path.glob("encoded/*"))
-        encoded = data.encoded_table(path, tokenizer, reading=reading, encoding=encoding,
+        encoded = data.encoded_table(path, tokenizer, read_options=read_options, encode_options=encode_options,
                                      folder=tmp_path / "encoded",
                                      validation_rows=validation_rows, **others)
         return encoded, len(set(tmp_path.glob("encoded/*")) - before)
@@ -195,9 +195,9 @@ def test_second_start_reads_no_table_and_says_the_same(open_table, capsys, monke
 
 def test_encoded_table_is_of_this_table_and_these_arguments(open_table, rows):
     open_table()
-    changes = [dict(encoding=ENCODING | change) for change in (dict(max_length=40), dict(eos_id=1),
+    changes = [dict(encode_options=ENCODING | change) for change in (dict(max_length=40), dict(eos_id=1),
                                                                dict(preprocess="arabert"))]
-    changes += [dict(reading=READING | change) for change in (dict(probabilities="optional"),
+    changes += [dict(read_options=READING | change) for change in (dict(probabilities="optional"),
                                                               dict(columns={"complaint": "Question"}))]
     changes += [dict(train_rows=9), dict(validation_rows=4), dict(supervise="row"),
                 dict(tokenizer=tiny_gpt2([row["Answer"] for row in rows], vocab_size=300)[1])]
@@ -257,7 +257,7 @@ def test_batch_against_a_loop(encoded):
                 targets.append(ids[t])
                 documents.append(d)
             tokens.append(ids[t - 1])
-    batch = data.make_batch(examples, chosen, token_weights=np.arange(200) / 8)
+    batch = data.make_batch(examples, chosen, weight_per_token=np.arange(200) / 8)
     assert str(batch.weights.dtype) == "torch.float32"
     assert batch.weights.tolist() == [chosen[d] / 8 for d in documents]
     assert batch.tokens.tolist() == tokens and batch.lengths == examples.input_lengths[chosen].tolist()
@@ -316,12 +316,12 @@ def test_a_validation_table_of_its_own(write_table, rows, tiny, tmp_path, capsys
     """All of the table is trained on but for complaints that both have; a change of either is noticed."""
     train = write_table("train.jsonl", rows[:60])
     validation = write_table("validation.jsonl", rows[55:90])
-    reading = dict(needed=("complaint", "response"), probabilities="required", columns={})
+    read_options = dict(needed=("complaint", "response"), probabilities="required", columns={})
 
     def make():
         return data.encoded_table(
-            train, tiny[1], reading=reading, encoding=dict(max_length=99, eos_id=0, preprocess="none"),
-            validation_reading=dict(path=str(validation), needed=reading["needed"]), folder=tmp_path / "encoded")
+            train, tiny[1], read_options=read_options, encode_options=dict(max_length=99, eos_id=0, preprocess="none"),
+            validation_options=dict(path=str(validation), needed=read_options["needed"]), folder=tmp_path / "encoded")
     table = make()
     assert (len(table.train), len(table.validation), table.test_rows) == (55, 35, 0)
     assert f"5 rows are not trained on: their complaints are in {validation}" in capsys.readouterr().out

@@ -192,11 +192,11 @@ def test_a_broken_best_model_is_not_called_finished(arguments, run, monkeypatch,
 def test_a_damaged_encoded_table_is_made_anew(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     tokenizer = load_tokenizer(folder / "checkpoint")
-    reading = dict(needed=("complaint", "response"), probabilities="required", columns={})
-    encoding = dict(max_length=64, eos_id=0, preprocess="none")
+    read_options = dict(needed=("complaint", "response"), probabilities="required", columns={})
+    encode_options = dict(max_length=64, eos_id=0, preprocess="none")
 
     def encoded():
-        return data.encoded_table(folder / "table.jsonl", tokenizer, reading=reading, encoding=encoding)
+        return data.encoded_table(folder / "table.jsonl", tokenizer, read_options=read_options, encode_options=encode_options)
     whole = encoded()
     ids = np.array(whole.train.ids)
     for path in sorted(Path("runs/encoded").rglob("*.*")):

@@ -144,8 +144,8 @@ def annotate_table(classifier, table, to, columns):
                             seen=sum(data.complaint_id(c) in classifier.too_sure for c in complaints),
                             labelled=sum(pair.severity is not None for pair in chunk))
                 checkpoint.write_json(journal, {"inputs": inputs, "done": done})
-                stop.leave(max(distributed.gather(stop.signal)),
-                           f"{done['rows']:,} rows are kept: the same command goes on")
+                stop.leave_if(max(distributed.gather(stop.signal)),
+                              f"{done['rows']:,} rows are kept: the same command goes on")
                 chunk = list(islice(pairs, CHUNK))
         stop.waits = False
         if is_rank_0():

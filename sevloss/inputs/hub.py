@@ -143,16 +143,23 @@ def read_optional(ckpt, name) -> dict:
 def stored_tensors(ckpt) -> dict:
     """{name: function that reads that tensor}, of one file or of all shards. A caller that drops each of them
     after its call holds little more than it keeps, also of a .bin, which is read whole."""
-    path = find_file(ckpt, WEIGHTS)
-    if not path.name.endswith(".index.json"):
-        return open_tensors(path)
     tensors = {}
+    for path in weight_files(ckpt):
+        tensors |= open_tensors(path)
+    return tensors
+
+
+def weight_files(ckpt, names=WEIGHTS) -> list[Path]:
+    """The first of `names` that is there; of an index, all its shards."""
+    path = find_file(ckpt, names)
+    if not path.name.endswith(".index.json"):
+        return [path]
     with interpreting(path, "get it again"):
-        for shard in sorted(set(read_json(path)["weight_map"].values())):
+        shards = sorted(set(read_json(path)["weight_map"].values()))
+        for shard in shards:
             if Path(shard).name != shard:
                 raise InputError(f"{path} names a shard outside its folder, {shard}: do not trust it")
-            tensors |= open_tensors(find_file(ckpt, (shard,)))
-    return tensors
+        return [find_file(ckpt, (shard,)) for shard in shards]
 
 
 def open_tensors(path) -> dict:

@@ -83,7 +83,10 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
         raise InputError(f"{ckpt}: config.json ties the head to the embedding, but lm_head.weight differs "
                          "from it: to use it, set tie_word_embeddings to false there")
     model.base = hub.full_name(ckpt)
-    return model.eval()
+    model.eval()
+    with interpreting(base / "config.json"), torch.no_grad():  # raises where sizes do not fit together
+        model(torch.zeros(1, dtype=torch.int64, device=device), [1])
+    return model
 
 
 def _read(ckpt, stored, places, device, dtype, prefix="", ignored="^$", optional=()):
@@ -161,9 +164,8 @@ def build(family, raw):
     layers = getattr(config, "num_hidden_layers", None) or config.n_layer
     if layers > 1000:
         raise InputError(f"config.json asks for {layers:,} blocks: at most 1,000 are built")
-    with torch.device("meta"), torch.no_grad():  # the values come later
+    with torch.device("meta"):  # the values come later
         model = family(config)
-        model(torch.zeros(1, dtype=torch.int64), [1])  # raises where sizes do not fit together
     for i in eos_ids(model):
         if not (isinstance(i, int) and 0 <= i < config.vocab_size):
             raise InputError(f"config.json gives eos_token_id {i}, outside the vocabulary of "

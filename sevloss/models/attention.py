@@ -65,14 +65,14 @@ class PackedSequences:
     # ------------------------------------------------------------------ the three routes of attention
 
     def _cpu_attention(self, q, k, v, scale, slopes, window):
-        """On a CPU, always: a call for each run of neighbours of equal length. Calls cost little there, and
+        """On a CPU, always: a call for each group of neighbours of equal length. Calls cost little there, and
         nothing is computed across sequences or on padding."""
-        runs = [(length, len(list(same))) for length, same in groupby(self.lengths)]
-        sizes = [length * count for length, count in runs]
+        groups = [(length, len(list(same))) for length, same in groupby(self.lengths)]
+        sizes = [length * count for length, count in groups]
         training = torch.is_grad_enabled() and q.requires_grad
         outputs = []
         # split, not slices: the backward pass of each slice would be as long as q
-        for (length, count), qi, ki, vi in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
+        for (length, count), qi, ki, vi in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes)):
             # (count, H, length, d), twice (count, K, length, d)
             qi, ki, vi = (t.unflatten(0, (count, length)).transpose(1, 2) for t in (qi, ki, vi))
             if training and q.dtype != torch.float32 and length <= MANUAL_MAX_LENGTH:
@@ -183,7 +183,7 @@ class KVCache:
         keys, values = self._store(layer, k, v)  # (B, K, room, d)
         if self.prompts is not None:
             return self.prompts.attention(q, k, v, scale=scale, slopes=slopes, window=window)
-        # All of the buffers is read, what is not written yet under the mask: a slice would be copied before
+        # The whole buffers are read, the mask hides what is not written yet: a slice would be copied before
         # each product. By plain products, as SDPA with one query a row takes 2 to 3 times as long on a CPU.
         if window not in self._masks:
             distance = self.positions[:, None] - torch.arange(self.room, device=q.device)  # (B, room)
@@ -252,3 +252,8 @@ def check_context(sequences, context):
     if sequences.max_seqlen > context:
         raise InputError(f"a text has {sequences.max_seqlen} tokens, the model reads {context}: "
                          "lower --max-length")
+
+
+def embedding(rows, width):
+    """nn.Embedding without values: to draw them on the meta device torch imports its compiler, 2 s."""
+    return torch.nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sevloss.models.attention import PackedSequences
+from sevloss.models.attention import PackedSequences, embedding
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Bloom(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict({
-            "word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size),
+            "word_embeddings": embedding(config.vocab_size, config.hidden_size),
             "word_embeddings_layernorm": nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon),
             "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             "ln_f": nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon),

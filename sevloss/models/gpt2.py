@@ -1,7 +1,8 @@
 """GPT-2, and the variant of AraGPT2-large and -mega (the norms placed as in GROVER).
 
-Names are those of the checkpoints. Sources: Radford et al. 2019; Zellers et al. 2019 (GROVER); Antoun et al.
-2021 (AraGPT2).
+Shapes: N tokens of all sequences, end to end; D wide; H heads, each d wide. `sequences` (attention.py) knows
+where each sequence begins and computes attention. Names are those of the checkpoints. Sources: Radford et al.
+2019; Zellers et al. 2019 (GROVER); Antoun et al. 2021 (AraGPT2).
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.attention import PackedSequences, check_context
+from sevloss.models.attention import PackedSequences, check_context, embedding
 
 ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -124,8 +125,8 @@ class GPT2(nn.Module):
         grover = config.model_type == "aragpt2"
         block_class = GroverBlock if grover else Block
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.n_positions, config.n_embd),
+            "wte": embedding(config.vocab_size, config.n_embd),
+            "wpe": embedding(config.n_positions, config.n_embd),
             "h": nn.ModuleList([block_class(config, layer) for layer in range(config.n_layer)]),
             "emb_norm" if grover else "ln_f": nn.LayerNorm(config.n_embd, config.layer_norm_epsilon),
         })

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.attention import PackedSequences, check_context
+from sevloss.models.attention import PackedSequences, check_context, embedding
 from sevloss.models.llama import RMSNorm, rope_settings, rotary_angles, rotate
 
 
@@ -139,7 +139,7 @@ class Lfm2(nn.Module):
         self.config = config
         self.rope = rope_settings(config)
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)]),
             "embedding_norm": RMSNorm(config.hidden_size, config.norm_eps),  # in spite of its name the last
         })

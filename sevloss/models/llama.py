@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sevloss import InputError
-from sevloss.models.attention import PackedSequences, check_context
+from sevloss.models.attention import PackedSequences, check_context, embedding
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Llama(nn.Module):
         self.architecture = config.model_type.capitalize() + "ForCausalLM"  # Qwen2ForCausalLM
         self.rope = rope_settings(config)
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)]),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
