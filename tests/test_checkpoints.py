@@ -334,8 +334,8 @@ def test_config_that_does_not_fit(edited, config, message):
 @pytest.mark.parametrize("name, heads, message", [
     ("bert", "num_attention_heads", "config.json cannot be used (RuntimeError: "),
     ("bloom", "n_head", "config.json cannot be used (RuntimeError: "),
-    ("llama", "num_key_value_heads", "its configuration asks for (28, 16)"),  # the weights show it first
-    ("lfm2", "num_key_value_heads", "its configuration asks for (28, 16)")])
+    ("llama", "num_key_value_heads", "its configuration asks for ("),  # the weights show it first
+    ("lfm2", "num_key_value_heads", "its configuration asks for (")])
 def test_heads_that_do_not_divide(edited, name, heads, message):
     with refused(message):
         load_model(edited(name, **{heads: 7}))
