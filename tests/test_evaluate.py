@@ -501,12 +501,12 @@ def test_stopped_by_hand(run, start, monkeypatch, asked, capsys):
 
 def test_a_signal_after_the_last_look(run, start, monkeypatch, capsys):
     """It ends the script as well, with its code: one that is kept would be looked at by no one."""
-    look = evaluate.stop.leave
+    look = evaluate.stop.leave_if
 
     def look_too_early(number, message):
         look(number, message)
         os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(evaluate.stop, "leave", look_too_early)
+    monkeypatch.setattr(evaluate.stop, "leave_if", look_too_early)
     with pytest.raises(SystemExit) as left:
         start(run)
     assert left.value.code == 143 and len(lines(answers_of(run))) == 1 + 9
