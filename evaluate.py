@@ -289,15 +289,17 @@ def main():
     args = parse_arguments()
     args.device = distributed.start(args.device)
 
-    names = args.runs or [newest_run()]
-    if args.against and args.against not in names:
-        names.append(args.against)
+    names = [name.rstrip("/") for name in args.runs] or [newest_run()]
+    if args.against:
+        args.against = args.against.rstrip("/")
+        names += [args.against] if args.against not in names else []
     check_names(names)
     out = Path(args.out or (Path(names[0]) if Path(names[0]).is_dir() else Path("runs")) / "evaluation")
     with contextlib.ExitStack() as locks:  # of all that is written to
         for folder in {out.resolve(), *map(findings.run_folder, names)} - {None}:
             locks.enter_context(checkpoint.lock_folder(folder))
         evaluate(args, names, out)
+    distributed.end()
 
 
 def evaluate(args, names, out):

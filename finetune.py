@@ -321,6 +321,7 @@ def main():
     args.device = distributed.start(args.device)
     with checkpoint.open_run(args.out, "finetune", args.resume) as run:
         train(args, run)
+    distributed.end()
 
 
 def train(args, run):
@@ -336,7 +337,7 @@ def train(args, run):
 
     # ---- data: table -> pairs -> splits -> ids
     encode_options = dict(max_length=min(args.max_length, model.config.context), eos_id=eos_ids(model)[0],
-                    preprocess=preprocess)
+                          preprocess=preprocess)
     encoded = load_examples(args, table, tokenizer, read_options, encode_options)
     examples = encoded.train
 
@@ -408,8 +409,9 @@ def train(args, run):
         skipped = scaler.is_enabled() and math.isfinite(step_loss) and not finite
         if not finite and not skipped:
             rows = ", ".join(map(str, sorted(examples.rows[indices])))
-            raise checkpoint.record_not_finite(run, f"loss {step_loss} and gradient norm {grad_norm} at step "
-                                             f"{step + 1}, with rows {rows} of the table")
+            what = (f"loss {step_loss} and gradient norm {grad_norm} at step {step + 1}, with rows {rows} of "
+                    "the table")
+            raise checkpoint.record_not_finite(run, what)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

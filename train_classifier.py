@@ -310,6 +310,7 @@ def main():
     if args.annotate:
         columns = tables.parse_columns(args.columns) if annotate_only else {}
         annotate.annotate_table(annotate.Classifier(run, compute), args.annotate, args.to, columns)
+    distributed.end()
 
 
 def train_and_save(args, compute, run):

@@ -34,6 +34,8 @@ def interpreting(path, advice="correct it or get it again", wanted="used"):
     except InputError:
         raise
     except BaseException as error:  # what wrong types and shapes, or native code, raise has no common class
+        if out_of_memory(error):
+            raise
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
             raise
         raise InputError(f"{path} cannot be {wanted} ({_reason(error)}); {advice}") from error
@@ -42,6 +44,11 @@ def interpreting(path, advice="correct it or get it again", wanted="used"):
 def writing(path):
     """Like `interpreting`, around code that writes a file."""
     return interpreting(path, "what was saved before stays", wanted="written")
+
+
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(
+        re.search("out of memory|allocate memory", str(error))))
 
 
 def _reason(error):
@@ -132,7 +139,7 @@ def lock(path, wait=False):
                              "give another folder") from None
         except OSError:
             pass
-        held = os.fstat(file.fileno()).st_nlink > 0
+        held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
     try:
         yield
     finally:
@@ -190,7 +197,7 @@ def report_errors(main):
         except KeyboardInterrupt as stopped:
             line = f"\nstopped; {str(stopped) or 'what was saved before stays'}"
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            if not out_of_memory(error):
                 raise
             line = ("error: out of memory: lower --micro-tokens, --batch-size or --max-length, or add "
                     "--gradient-checkpointing; what was saved before stays")

@@ -115,8 +115,9 @@ def append(path, text, to_disk=False):
     if is_rank_0():
         with writing(path), open(path, "a", encoding="utf-8", newline="", opener=open_itself) as file:
             file.write(text)
-        if to_disk:
-            flush_to_disk(path)
+            if to_disk:
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def keep_lines(path, count=None):
@@ -145,7 +146,8 @@ def weights_digest(ckpt):
     """Of the size of a checkpoint's weights and of some 4,096 bytes of them: changes with every training."""
     parts = []
     for path in hub.weight_files(ckpt, (*hub.ADAPTERS, *hub.WEIGHTS)):
-        content = np.memmap(path, mode="r")
+        with interpreting(path, "get it again"):  # it may be empty
+            content = np.memmap(path, mode="r")
         parts.append((len(content), content[::len(content) // 4096 + 1].tobytes()))
     return digest(parts)
 

@@ -81,7 +81,7 @@ def choose_device(name):
     """auto|cpu|cuda|cuda:N -> torch.device; InputError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", str(name)):
+    if not re.fullmatch("cpu|cuda(:[0-9]|:[1-9][0-9])?", str(name)):
         raise InputError(f"--device is auto, cpu, cuda or cuda:N, not {str(name)!r}")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

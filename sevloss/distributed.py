@@ -7,7 +7,6 @@ own, and what came out is added up, so that all ranks know all of it. Rank 0 alo
 others print their errors. With `shard`, each rank also holds only its part of the model.
 """
 
-import atexit
 import os
 import sys
 from datetime import timedelta
@@ -35,11 +34,16 @@ def start(device):
     # after a restart torchrun's store still has the addresses of the ranks that were killed
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
-    atexit.register(dist.destroy_process_group)
     if rank():
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     return device
+
+
+def end():
+    """What NCCL wants before a process ends. Not after an error: other ranks may never come to this."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank():

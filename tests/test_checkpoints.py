@@ -292,6 +292,12 @@ def test_head_is_taken_by_the_names_of_its_classes(edited, capsys):
     assert torch.equal(head.weight, stored.weight[[1, 2, 0]]) and torch.equal(head.bias, stored.bias[[1, 2, 0]])
 
 
+def test_a_stored_head_whose_classes_have_no_names(edited, golden):
+    stored = load_model(golden / "bert").classifier
+    head = load_model(edited("bert", id2label={}, num_labels=3)).classifier
+    assert torch.equal(head.weight, stored.weight)
+
+
 @pytest.mark.parametrize("labels", [{}, {"id2label": {"0": "sad", "1": "glad", "2": "critical"}},
                                     {"id2label": {"0": "critical", "1": "neutral", "2": "critical"}}], ids=str)
 def test_head_for_other_classes_is_initialised(edited, golden, capsys, labels):
@@ -323,6 +329,7 @@ def test_unknown_model_type(edited):
     ({"n_layer": 2},
      "holds what its configuration has no place for: transformer.h.2.attn.c_attn.bias"),
     ({"layer_norm_epsilon": "1e-5"}, "config.json cannot be used (TypeError: layer_norm(): argument 'eps'"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', neither true nor false"),
     ({"n_layer": "3"}, "config.json cannot be used (TypeError: "),
     ({"n_head": 3}, "config.json cannot be used (RuntimeError: unflatten: Provided sizes [3, 3, -1] don't"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
@@ -414,6 +421,14 @@ def test_a_prefix_of_all_names_does_not_count(edited, golden, family, prefix):
         assert torch.equal(a, b)
 
 
+def test_a_tensor_of_another_module_is_no_substitute(edited):
+    """Only the wrappers' names are dropped: a tensor that is missing is not taken from elsewhere."""
+    name = "transformer.ln_f.weight"
+    with refused("holds what its configuration has no place for: ema.shadow."):
+        load_model(edited("gpt2", lambda tensors: {f"ema.shadow.{n}" if n == name else n: t
+                                                   for n, t in tensors.items()}))
+
+
 @pytest.mark.parametrize("wrap", [lambda t: {"state_dict": t, "epoch": 3}, lambda t: {"model_state_dict": t},
                                   lambda t: {"model": t, "optimizer": {"state": {0: t}, "groups": []}}])
 def test_tensors_inside_a_training_state(edited, golden, wrap):
@@ -469,8 +484,10 @@ def test_an_encoder_writes_no_texts(golden):
 @pytest.mark.parametrize("change", [
     {"normalizer": {"type": "Sequence", "normalizers":
                     [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}},
+    {"normalizer": {"type": "Sequence", "normalizers":
+                    [{"type": "Replace", "pattern": {"String": '"'}, "content": '""'}] * 12}},
     {"post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 1000,
-                        "pair": [], "special_tokens": {}}}], ids=["normalizer", "template"])
+                        "pair": [], "special_tokens": {}}}], ids=["normalizer", "quotes", "template"])
 def test_a_tokenizer_that_multiplies_its_input(tmp_path, change):
     (tmp_path / "config.json").write_text("{}")
     tokenizer = json.loads(small_tokenizer().to_str()) | change

@@ -11,6 +11,7 @@ from sevloss import InputError, device
 
 @pytest.mark.parametrize("name, message", [("tpu", "auto, cpu, cuda or cuda:N"),
                                            ("meta", "auto, cpu, cuda or cuda:N"),
+                                           ("cuda:01", "auto, cpu, cuda or cuda:N"),
                                            ("cuda:99", "PyTorch sees .* CUDA devices here")])
 def test_devices_that_are_none(name, message):
     with pytest.raises(InputError, match=message):

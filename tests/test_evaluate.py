@@ -680,6 +680,9 @@ def kinds(base, answered, table, rows, golden, tmp_path, start):
     checkpoint_of(base, rule / "merged")
     torn = copy_of(base, tmp_path / "torn")
     (torn / "run.json").write_text('{"script": "finet')
+    typed = copy_of(base, tmp_path / "typed")
+    checkpoint.write_json(typed / "run.json", hub.read_json(typed / "run.json") | {"arguments": "x"})
+    (checkpoint_of(base, tmp_path / "empty") / "model.safetensors").write_bytes(b"")
     (tmp_path / "empty.jsonl").write_bytes(b"")
     return {"model": other_model, "run": run, "answers": answers, "table": table,
             "copied": shutil.copy(table, tmp_path / "copied.jsonl"),
@@ -697,6 +700,8 @@ REFUSED = [
     ("{here}/nowhere", "is neither a folder"),
     ("{here}/broken --data {table}", "cannot be used"),
     ("{here}/torn", "cannot be used"),
+    ("{here}/typed --data {table}", "run.json cannot be used"),  # before anything is answered
+    ("{here}/empty --data {table}", "model.safetensors cannot be used"),
     ("{bert} --data {table}", "is no causal language model"),
     ("{run} --max-new-tokens 257", "leaves too little of 512 tokens for the complaint: 256 at most"),
     ("{run} --max-length 14", "leaves too little of 14 tokens"),

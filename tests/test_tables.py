@@ -269,6 +269,7 @@ def separated(delimiter, before=""):
     ("quoted.csv", '"Question";"Answer"\n"عندي صداع";"نم جيدا"\n"عندي سعال";"اشرب ماء"\n'.encode()),
     ("excel.tsv", separated("\t").encode("utf-16")), ("big_endian.csv", separated(",", "\ufeff").encode("utf-16-be")),
     ("no_mark.csv", separated(",").encode("utf-16-le")),
+    ("no_mark_big_endian.csv", separated(",").encode("utf-16-be")),
     ("array.jsonl", json.dumps(ROWS, indent=1).encode()), ("array.json", json.dumps(ROWS).encode()),
     ("lines.json", "\n".join(map(json.dumps, ROWS)).encode()), ("blank.csv", separated(",", "\n,\n\n").encode()),
 ])

@@ -76,11 +76,19 @@ def read_answers(path):
             if not (all(isinstance(text, str) for text in texts) and row.severity in (None, 0, 1, 2)
                     and all(isinstance(number, (int, float)) for number in numbers) and len(numbers) == 5):
                 raise ValueError(f"row {row.row} has a value of another type")
-        run = answers.run
-        if not (isinstance(answers.protocol, dict) and isinstance(run.get("arguments", {}), dict)
-                and isinstance(run.get("coefficients", []), list)):
+        check_run(answers.run)
+        if not isinstance(answers.protocol, dict):
             raise ValueError("its first line has a value of another type")
         return answers
+
+
+def check_run(run):
+    """ValueError unless a run.json has what is read here in the right types."""
+    arguments = run.get("arguments", {})
+    coefficients = run.get("coefficients", [])
+    if not (isinstance(arguments, dict) and isinstance(arguments.get("seed"), int | None)
+            and isinstance(coefficients, list) and all(isinstance(c, int | float) for c in coefficients)):
+        raise ValueError("its arguments or coefficients are of another type")
 
 
 def load_answers(path):
@@ -115,7 +123,10 @@ def run_folder(name):
 def read_run_json(name):
     """run.json of the run that `name` is, or whose merged model it is; {} for a plain checkpoint."""
     folder = run_folder(name)
-    return hub.read_json(folder / "run.json") if folder else {}
+    run = hub.read_json(folder / "run.json") if folder else {}
+    with interpreting(f"{folder}/run.json", "name a run of finetune.py"):
+        check_run(run)
+    return run
 
 
 # --- settings -----------------------------------------------------------------------------------------------

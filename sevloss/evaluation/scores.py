@@ -98,7 +98,7 @@ def words(text):
 def rouge_l(answer, reference):
     """ROUGE-L of two lists of words, 0 to 1 (Lin 2004): F1 = 2 LCS / (length of the answer + of the
     reference), with the longest common subsequence. Of two empty ones 0."""
-    reference = np.array(reference, dtype=str)
+    reference = np.array(reference, dtype=object)
     longest = np.zeros(len(reference) + 1)  # a row of the textbook's table: of so many words of the reference
     for word in answer:
         longest[1:] = np.maximum.accumulate(np.maximum(longest[1:], longest[:-1] + (reference == word)))

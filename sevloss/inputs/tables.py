@@ -175,7 +175,8 @@ def _open_text(path):
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
     elif head.count(0) + head.count(6) > len(head) / 5:  # no byte-order mark; 6: high byte of Arabic
-        encoding = "utf-16-le"
+        high_first = head[::2].count(0) + head[::2].count(6) > head[1::2].count(0) + head[1::2].count(6)
+        encoding = "utf-16-be" if high_first else "utf-16-le"
     try:
         with open(path, encoding=encoding, newline="") as file:
             yield file

@@ -118,7 +118,7 @@ def check_growth(tokenizer):
     """InputError for a tokenizer that makes much of little, by rules that each double a text, or a template
     that repeats it."""
     rules = tokenizer.normalizer.__getstate__().decode() if tokenizer.normalizer else ""
-    growth = math.prod(max(1, len(text)) for text in re.findall('"content":"([^"]*)', rules))
+    growth = math.prod(max(1, len(text)) for text in re.findall(r'"content":"((?:[^"\\]|\\.)*)', rules))
     template = tokenizer.post_processor.__getstate__() if tokenizer.post_processor else b""
     if growth > 100 or template.count(b'"A"') > 10:
         raise ValueError("it makes a text ten times longer, or more")

@@ -38,7 +38,7 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
             lora.attach_stored(model, folder)
             weights = lora.weights(model)
             stored = hub.open_tensors(hub.find_file(folder, hub.ADAPTERS))
-            adapter = f"{folder}, adapters of {model.base},"
+            adapter = f"{folder}, adapters of {model.base}"
             for name, tensor in _read(adapter, stored, weights, device, torch.float32).items():
                 weights[name].data = tensor
             lora.merge(model)
@@ -131,7 +131,8 @@ def _place(name, places, prefix):
         for own_name in (name, prefix + name):
             if own_name in places:
                 return own_name
-        name = name.partition(".")[2]
+        wrapper, _, rest = name.partition(".")
+        name = rest if wrapper in ("module", "_orig_mod", "model") else None
     return None
 
 
@@ -161,6 +162,10 @@ def build(family, raw):
     """The module on the meta device: shapes and no memory. raw: what config.json says."""
     names = [field.name for field in fields(family.Config) if field.name in raw]
     config = family.Config(**{name: raw[name] for name in names})
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is bool and not isinstance(value, bool):  # "false" would count as true
+            raise InputError(f"config.json: {field.name} is {value!r}, neither true nor false")
     layers = getattr(config, "num_hidden_layers", None) or config.n_layer
     if layers > 1000:
         raise InputError(f"config.json asks for {layers:,} blocks: at most 1,000 are built")

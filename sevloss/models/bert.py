@@ -146,7 +146,7 @@ class Bert(nn.Module):
         names = raw.get("id2label") or {}
         num_labels = raw["num_labels"]
         if head and not num_labels:
-            num_labels = len(names) or 2
+            num_labels = len(stored[head[0]]())
         elif num_labels:
             classes = [tables.LABELS.get(tables.plain(names[i])) for i in sorted(names, key=int)]
             rows = [classes.index(i) for i in range(num_labels) if i in classes]
