@@ -299,7 +299,6 @@ def main():
         for folder in {out.resolve(), *map(findings.run_folder, names)} - {None}:
             locks.enter_context(checkpoint.lock_folder(folder))
         evaluate(args, names, out)
-    distributed.end()
 
 
 def evaluate(args, names, out):
@@ -359,3 +358,4 @@ def evaluate(args, names, out):
 
 if __name__ == "__main__":
     main()
+    distributed.end()

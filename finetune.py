@@ -321,7 +321,6 @@ def main():
     args.device = distributed.start(args.device)
     with checkpoint.open_run(args.out, "finetune", args.resume) as run:
         train(args, run)
-    distributed.end()
 
 
 def train(args, run):
@@ -444,3 +443,4 @@ def train(args, run):
 
 if __name__ == "__main__":
     main()
+    distributed.end()

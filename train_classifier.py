@@ -310,7 +310,6 @@ def main():
     if args.annotate:
         columns = tables.parse_columns(args.columns) if annotate_only else {}
         annotate.annotate_table(annotate.Classifier(run, compute), args.annotate, args.to, columns)
-    distributed.end()
 
 
 def train_and_save(args, compute, run):
@@ -410,3 +409,4 @@ def print_seeds(scores_by_seed):
 
 if __name__ == "__main__":
     main()
+    distributed.end()
