@@ -198,7 +198,8 @@ def fit(args, compute, train, validation, seed, *, name, log=None):
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             step_loss, grad_norm = torch.stack([loss, grad_norm]).tolist()
             finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
-            if not finite and not (scaler.is_enabled() and math.isfinite(step_loss)):
+            skipped = scaler.is_enabled() and math.isfinite(step_loss) and not finite
+            if not finite and not skipped:
                 raise InputError(f"loss {step_loss}, gradient norm {grad_norm} at step {step + 1}: lower "
                                  "--lr, or use --dtype fp32")
             scaler.step(optimizer)
@@ -259,7 +260,7 @@ def make_folds(pairs, count):
         validation = []
         scored = []
         for pair in pairs:
-            if int(data.hash_fraction(pair.complaint, "fold") * count) == fold:
+            if data.fold_of(pair.complaint, count) == fold:
                 scored.append(pair)
             elif data.hash_fraction(pair.complaint, "inner") < 0.125:
                 validation.append(pair)

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import turns  # noqa: F401  finds sevloss
+from experiment import write_table
 
-from sevloss import InputError, data, device, report_errors, terminal, write_atomically
+from sevloss import InputError, data, device, report_errors, terminal
 from sevloss.classifier import baseline
-from sevloss.classifier.annotate import write_rows
 from sevloss.inputs import tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES, WEIGHTINGS, fit_temperature, scores
@@ -134,7 +133,7 @@ def main():
     pairs = tables.read_pairs(args.data, needed=("complaint", "severity"))
     texts = [pair.complaint for pair in pairs]
     labels = torch.tensor([pair.severity for pair in pairs])
-    fold = torch.tensor([int(data.hash_fraction(text, "fold") * FOLDS) for text in texts])
+    fold = torch.tensor([data.fold_of(text, FOLDS) for text in texts])
 
     members = {"n-grams": ngram_member(texts, labels, fold)}
     for encoder in args.encoders:
@@ -146,12 +145,13 @@ def main():
             x = features(ckpt, int(block), texts, device.choose(args.device, "fp32"))
             np.save(kept, x.numpy())
         members[name] = linear_member(torch.from_numpy(np.load(kept)), labels, fold)
-    together = calibrated(sum(members.values()), labels, fold)
+    members["all of them"] = sum(members.values())
 
     lines = []
-    for name, logits in [*members.items(), ("all of them", together)]:
+    for name, logits in members.items():
         s = scores(logits, labels)
-        after = F.cross_entropy(calibrated(logits, labels, fold), labels)
+        together = calibrated(logits, labels, fold)  # the last is that of all of them
+        after = F.cross_entropy(together, labels)
         lines.append([name, *(f"{s[key]:.3f}" for key in ("accuracy", "macro_f1", "auc")),
                       f"{s['nll']:.4f}", f"{after:.4f}"])
     print(terminal.table(["out of fold", "accuracy", "macro-F1", "AUC critical", "NLL", "calibrated"], lines))
@@ -161,10 +161,7 @@ def main():
         means = ", ".join(f"{weights[labels == c].mean():.3f} {CLASSES[c]}" for c in range(3))
         print(f"weights of {name}: sd {weights.std():.3f}; mean by true class {means}")
     if args.to:
-        def write(temporary):
-            with open(temporary, "w", encoding="utf-8") as file:
-                write_rows(file, ".jsonl", pairs, probabilities, header=False)
-        write_atomically(args.to, write)
+        write_table(args.to, pairs, probabilities)
         print(f"wrote {args.to}")
 
 

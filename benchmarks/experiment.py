@@ -50,10 +50,6 @@ PRIMARY = ("strong-labels", "strong-labels-shuffled")
 
 # --- the runs -----------------------------------------------------------------------------------------------
 
-def fold_of(complaint, folds):
-    return int(data.hash_fraction(complaint, "experiment") * folds)
-
-
 def probabilities_of(pairs, source, seed):
     """(n, 3) of the training rows of a seed. source: labels, classifier, or one of them shuffled."""
     if source.startswith("labels"):
@@ -70,12 +66,11 @@ def probabilities_of(pairs, source, seed):
 
 
 def write_table(path, pairs, probabilities):
+    """A .jsonl with these probabilities, (n, 3)."""
     def write(temporary):
         with open(temporary, "w", encoding="utf-8") as file:
             write_rows(file, ".jsonl", pairs, probabilities, header=False)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, write)
+    write_atomically(path, write)
 
 
 def call(script, *arguments):
@@ -88,13 +83,20 @@ def call(script, *arguments):
 def make_run(pairs, setting, seed, args, out):
     """Trains and evaluates one run, and keeps what the test rows got."""
     k, source = SETTINGS[setting]
-    fold = seed % args.folds
-    train = [pair for pair in pairs if fold_of(pair.complaint, args.folds) != fold]
-    test = [pair for pair in pairs if fold_of(pair.complaint, args.folds) == fold]
+    train = []
+    test = []
+    for pair in pairs:
+        if data.fold_of(pair.complaint, args.folds, "experiment") == seed % args.folds:
+            test.append(pair)
+        else:
+            train.append(pair)
     train_table = out / "tables" / f"{source}-{seed}.jsonl"
     test_table = out / "tables" / f"test-{seed}.jsonl"
-    write_table(train_table, train, probabilities_of(train, source, seed))
-    write_table(test_table, test, probabilities_of(test, source.removesuffix("-shuffled"), seed))
+    train_table.parent.mkdir(exist_ok=True)
+    if not train_table.exists():  # anew, it would be another table to a run that goes on
+        write_table(train_table, train, probabilities_of(train, source, seed))
+    if not test_table.exists():
+        write_table(test_table, test, probabilities_of(test, source.removesuffix("-shuffled"), seed))
 
     run = out / "runs" / f"{setting}-{seed}"
     resume = ["--resume"] if run.exists() else []

@@ -66,6 +66,11 @@ def hash_fraction(complaint, salt=""):
     return int.from_bytes(digest, "big") / 2 ** 64
 
 
+def fold_of(complaint, count, salt="fold"):
+    """0 to count - 1: which of `count` folds the complaint lies in."""
+    return int(hash_fraction(complaint, salt) * count)
+
+
 def complaint_id(complaint):
     """16 hexadecimal digits that name the normalised complaint."""
     return hashlib.blake2b(normalise(complaint).encode(), digest_size=8).hexdigest()
