@@ -60,7 +60,7 @@ def parse_arguments():
     add = parser.add_argument_group("model and data").add_argument
     add("--ckpt", default="tiny", help="short name, hub id, folder or run; default: tiny, from scratch")
     add("--data", default=tables.SAMPLE, help=".jsonl, .csv, .tsv or .xlsx with complaints and responses")
-    add("--validation", metavar="TABLE", help="then all of --data is trained on; default: a tenth validates")
+    add("--validation", metavar="TABLE", help="validate on it, train on all of --data; default: on a tenth")
     add("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="e.g. complaint=Post response=Plan")
     add("--preprocess", choices=("auto", "arabert", "none"), default="auto", help="auto: as in pre-training")
     add("--max-length", type=int, default=512, help="most tokens of prompt and response together")
@@ -91,7 +91,7 @@ def parse_arguments():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("auto", *device.DTYPES), default="auto", help="of products; what learns is fp32")
-    add("--micro-tokens", type=int, default=4096, help="at most so many tokens in memory at once")
+    add("--micro-tokens", type=int, default=4096, help="most tokens of a forward pass, or one longer text")
     add("--gradient-checkpointing", action="store_true", help="less memory: compute each block twice")
     add("--compile", action="store_true", help="on a GPU: steps in 0.5 to 0.7 of the time, but a slow start")
     add("--deterministic", action="store_true", help="only operations that give the same bits every time")
@@ -147,7 +147,8 @@ def table_with_severity(args, weighted, compute):
     table's own, or those of a classifier."""
     table = args.data
     columns = tables.parse_columns(args.columns)
-    probabilities = "required" if weighted else "if present"  # every weighting trains on the same rows
+    # "if present": w = 1 leaves out the same rows as a weighted run
+    probabilities = "required" if weighted else "if present"
     if args.classifier and weighted:
         table = annotate.annotated(args.classifier, table, columns, compute)
         columns = {}
@@ -357,10 +358,11 @@ def train(args, run):
     steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
     save_every = args.save_every or steps_per_epoch
 
-    # ---- resume, or begin; run.json holds, beside the arguments:
+    # ---- resume, or begin; `record` goes into run.json, beside the arguments
     record = dict(coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT, compute=str(compute),
                   table=str(table), columns=read_options["columns"], steps=steps,
                   data_fingerprint=encoded.fingerprint,
+                  validation_fingerprint=encoded.validation_fingerprint,
                   model_fingerprint="" if args.ckpt == "tiny" else checkpoint.weights_digest(args.ckpt))
     progress = resume_or_begin(run, args, record, model, tokenizer, optimizer, scaler)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
@@ -397,7 +399,7 @@ def train(args, run):
         distributed.add_up_gradients(trainable)
         distributed.add_up(step_loss)
 
-        # clip; the next step's batches are made while the device works; then its one transfer to the host
+        # clip; make the next step's batches while the device works; then wait for it, once a step
         scaler.unscale_(optimizer)
         grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trainable, args.clip))
         upcoming = next(batches)

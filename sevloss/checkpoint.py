@@ -83,7 +83,8 @@ def lock_folder(folder):
     """Holds a folder; of a run, what killed processes were writing is removed, and links to other folders are
     refused."""
     with lock(folder / ".lock"):
-        for path in folder.rglob("*") if is_rank_0() and (folder / "run.json").is_file() else ():
+        is_run = is_rank_0() and (folder / "run.json").is_file()
+        for path in folder.rglob("*") if is_run else ():
             if path.is_symlink() and path.is_dir():
                 raise InputError(f"{path} leads out of the run: put the folder itself in its place")
             if path.name.endswith(".tmp") or path.name.startswith(".tmp"):  # the latter are safetensors' own
@@ -169,7 +170,7 @@ def check_resumed(run, arguments, results):
             changed.append(f"the run was to have {before['steps']} steps, is to have {results['steps']}")
     if changed:
         raise InputError(f"--resume goes on with the same run; changed: {'; '.join(changed)}")
-    for what in ("data", "model"):
+    for what in ("data", "validation", "model"):
         if before.get(f"{what}_fingerprint") != results[f"{what}_fingerprint"]:
             raise InputError(f"--resume: the {what} of {run} has changed since it began; start a new run")
     if results["steps"] > before["steps"]:
@@ -194,8 +195,8 @@ def save_state(run, model, optimizer, scaler, progress):
     if not all(distributed.gather(finite)):  # rank 0 has seen it, all stop
         raise record_not_finite(run, f"the weights are not finite after step {progress['step']}")
     moments = optimizer.state_dict()
-    for i, tensors in moments["state"].items():
-        moments["state"][i] = distributed.to_write(tensors)
+    for i, moments_of_one in moments["state"].items():
+        moments["state"][i] = distributed.to_write(moments_of_one)
     state = {"run": hub.read_json(run / "run.json")["id"], "progress": progress, "model": weights,
              "optimizer": moments, "scaler": scaler.state_dict()}
 

@@ -92,7 +92,7 @@ def split_pairs(pairs):
 
 def sample_pairs(pairs, size):
     """At most `size` of the pairs, the same ones whatever their order; sorted by a hash of the complaint."""
-    return sorted(pairs, key=lambda pair: hash_fraction(pair.complaint, "order"))[:size]
+    return sorted(pairs, key=lambda pair: (hash_fraction(pair.complaint, "order"), pair.response))[:size]
 
 
 def check_split_rule(stored, name):
@@ -160,7 +160,7 @@ def encode(tokenizer, texts, *, special):
     """List of id lists. '</s>' in a text stays text. special: with the tokenizer's BOS, CLS or SEP."""
     tokenizer.encode_special_tokens = True
     ids = []
-    for start in range(0, len(texts), 1024):
+    for start in range(0, len(texts), 1024):  # what encode_batch_fast returns is large
         encodings = tokenizer.encode_batch_fast(texts[start:start + 1024], add_special_tokens=special)
         ids += [encoding.ids for encoding in encodings]
     return ids
@@ -303,6 +303,7 @@ class EncodedTable:
     train: Examples
     validation: Examples  # of a sample of the validation rows
     fingerprint: str  # of all rows
+    validation_fingerprint: str  # of all rows of a table of its own
     test_rows: int  # how many are kept for evaluate.py
 
 
@@ -314,8 +315,8 @@ def encoded_table(table, tokenizer, *, folder="runs/encoded", **how):
     at any time. What was printed when it was made is printed again.
     """
     validation_options = how.get("validation_options")
-    made_from = dict(how, table=file_fingerprint(table), tokenizer=digest(tokenizer.to_str()), prompt=PROMPT,
-                     split_rule=SPLIT_RULE,
+    made_from = dict(how, version=2, table=file_fingerprint(table), tokenizer=digest(tokenizer.to_str()),
+                     prompt=PROMPT, split_rule=SPLIT_RULE,
                      validation_table=validation_options and file_fingerprint(validation_options["path"]))
     folder = Path(folder) / f"{Path(table).stem}-{digest(made_from)}"
     temporary = folder.with_name(f"{folder.name}.tmp")
@@ -326,20 +327,24 @@ def encoded_table(table, tokenizer, *, folder="runs/encoded", **how):
                 print(f"{folder} is damaged, or of another version: it is made anew")
             for path in (folder, temporary):
                 shutil.rmtree(path, ignore_errors=True)
+            printed = io.StringIO()
             try:
-                with contextlib.redirect_stdout(io.StringIO()) as printed:
+                with contextlib.redirect_stdout(printed):
                     summary = _write_table(temporary, table, tokenizer, **how)
                 summary |= {"printed": printed.getvalue(), "made_from": made_from}
                 with writing(folder):
                     (temporary / "table.json").write_text(json.dumps(summary), encoding="utf-8")
                     (temporary / "checksum").write_bytes(_checksum(temporary))
                     os.rename(temporary, folder)
+            except InputError:
+                print(printed.getvalue(), end="")  # what was found in the table may say why
+                raise
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     summary = json.loads((folder / "table.json").read_text(encoding="utf-8"))
     print(f"{summary['printed']}encoded: {folder}")
     return EncodedTable(_open_examples(folder / "train"), _open_examples(folder / "validation"),
-                        summary["fingerprint"], summary["test_rows"])
+                        summary["fingerprint"], summary["validation_fingerprint"], summary["test_rows"])
 
 
 def _checksum(folder):
@@ -353,7 +358,7 @@ def _checksum(folder):
 
 def _write_table(folder, table, tokenizer, *, read_options, encode_options, supervise="response",
                  train_rows=None, validation_options=None, validation_rows=1000):
-    """Fills `folder`, ROWS_AT_ONCE rows at a time: the table's fingerprint and number of test rows.
+    """Fills `folder`, ROWS_AT_ONCE rows at a time -> fingerprints and the number of test rows.
 
     read_options: arguments of tables.usable_pairs; encode_options: of encode_pairs; supervise: response or
     row; train_rows: only the first so many (None: all); validation_options: arguments of usable_pairs for a
@@ -363,6 +368,7 @@ def _write_table(folder, table, tokenizer, *, read_options, encode_options, supe
     encode_training = encode_published if supervise == "row" else encode_pairs
     validation_pairs = tables.read_pairs(**validation_options) if validation_options else []
     validation_ids = {complaint_id(pair.complaint) for pair in validation_pairs}
+    validation_fingerprint = str(Fingerprint(validation_pairs))
     fingerprint = Fingerprint()
     trained = 0
     shared = 0
@@ -392,12 +398,12 @@ def _write_table(folder, table, tokenizer, *, read_options, encode_options, supe
         raise InputError(f"{table}: preprocessing leaves nothing of any response: use --preprocess none")
     if validation_options:
         print(f"  {shared:,} rows are not trained on: their complaints are in {validation_options['path']}")
-        fingerprint.add(validation_pairs)
     examples, part_cuts = encode_pairs(validation_pairs, tokenizer, **encode_options)
     _append_examples(folder / "validation", examples)
     if line := describe_cuts(cuts + part_cuts, trained + len(validation_pairs), encode_options["max_length"]):
         print(line)
-    return {"fingerprint": str(fingerprint), "test_rows": test_rows}
+    return {"fingerprint": str(fingerprint), "validation_fingerprint": validation_fingerprint,
+            "test_rows": test_rows}
 
 
 def _append_examples(folder, examples):

@@ -27,11 +27,11 @@ def severity_weights(probabilities, coefficients=(0.5, 1.0, 1.5)):
     The coefficients (a, b, c) default to the paper's "balanced" ones; as in the paper, w is not normalised.
     """
     probabilities = torch.as_tensor(probabilities)
-    if not probabilities.is_floating_point():
+    if probabilities.dtype != torch.float64:
         probabilities = probabilities.float()
     if probabilities.ndim == 0 or probabilities.shape[-1] != 3:
         raise ValueError(f"probabilities must have shape (..., 3), got {tuple(probabilities.shape)}")
-    return probabilities @ probabilities.new_tensor(coefficients)
+    return (probabilities * probabilities.new_tensor(coefficients)).sum(-1)  # not @: autocast would round it
 
 
 def weighted_token_ce(logits, targets, weights=None, *, denominator=None, ignore_index=-100):
@@ -90,8 +90,8 @@ def linear_weighted_token_ce(hidden, head_weight, targets, weights=None, *, bias
     """weighted_token_ce(hidden @ head_weight.T + bias, ...) without ever holding all the logits.
 
     hidden (N, D), head_weight (V, D), targets (N,), weights (N,), bias (V,). Rows with weight 0 or an ignored
-    target cost nothing. ignore_index=None: every row counts, and nothing is read back from the device, which
-    otherwise has to say how many do. GEMMs run in the input dtype (autocast's, where it is active), all after
+    target cost nothing. ignore_index=None: every row counts, and the host need not wait for the device to say
+    how many do. GEMMs run in the input dtype (autocast's, where it is active), all after
     the logits in at least fp32, and the head's gradient is accumulated in fp32. The gradient is made in the
     forward pass, so a second derivative, or one with respect to the weights, is refused.
     """
@@ -147,13 +147,14 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
 
         d hidden = w G W / denominator,  d W = G^T (w X) / denominator
 
-    G of a chunk of rows takes the place of its logits; three GEMMs (X W^T, G W, G^T X), and it is forgotten.
+    G of a chunk of rows takes the place of its logits; three GEMMs (X W^T, G W, G^T (w X)), and it is
+    forgotten.
 
     Weights and denominator are kept away from what is stored in 16 bits: a weight of 1/300 over a denominator
     of 100,000 would push fp16 below its smallest number before a GradScaler's factor, which arrives with the
-    upstream gradient, could lift it. So G is stored without them. For dW, w multiplies the rows of X, divided
-    by a power of two near the largest w; for d hidden, w multiplies its rows in the backward pass, in fp32.
-    1 / denominator comes in the backward pass, too.
+    upstream gradient, could lift it. So G is stored without them. For dW, the rows of X are multiplied by
+    w / unit, where unit is a power of two near the largest w; unit comes back in the backward pass. There d
+    hidden gets its w, in fp32, and both get 1 / denominator.
     """
 
     @staticmethod
@@ -197,8 +198,8 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
                 torch.addmm(bias.to(dtype), x[c], head.T, out=logits)
 
             # softmax in the place of the logits
-            at_target = torch.arange(len(logits), device=x.device), targets[c]
-            z_target = logits[at_target].to(wide)  # (C,)
+            at_target = targets[c][:, None]  # (C, 1)
+            z_target = logits.gather(1, at_target).squeeze(1).to(wide)  # (C,); on CUDA it asserts the range
             z_max = logits.amax(1).to(wide)  # (C,)
             p_max = torch.empty_like(z_max)
             for z_block, p_max_block in zip(logits.split(block), p_max.split(block)):
@@ -215,7 +216,7 @@ class _LinearWeightedTokenCE(torch.autograd.Function):
 
             # softmax -> G: p - 1 at the targets
             g = logits  # (C, V)
-            g[at_target] = (torch.expm1(-nll[c]) * g_scale).to(dtype)
+            g.scatter_(1, at_target, (torch.expm1(-nll[c]) * g_scale).to(dtype)[:, None])
             if d_hidden is not None:
                 torch.mm(g, head, out=d_hidden[c])
             if d_head is not None:

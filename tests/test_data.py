@@ -298,6 +298,13 @@ def test_pack():
     assert (tokens.tolist(), lengths) == ([1, 2, 3], [2, 1])
 
 
+def test_a_sample_does_not_depend_on_the_order():
+    """Several replies to one complaint share its hash."""
+    same = [pair("عندي صداع", response) for response in ("نعم", "لا", "ربما")]
+    for size in (1, 2):
+        assert data.sample_pairs(same, size) == data.sample_pairs(same[::-1], size)
+
+
 def test_a_prompt_has_no_end_of_text_behind_it(tiny):
     """Of what a tokenizer adds, what comes before a text stays; a model that saw EOS before each response would
     be taught to begin after it."""
@@ -326,4 +333,6 @@ def test_a_validation_table_of_its_own(write_table, rows, tiny, tmp_path, capsys
     assert (len(table.train), len(table.validation), table.test_rows) == (55, 35, 0)
     assert f"5 rows are not trained on: their complaints are in {validation}" in capsys.readouterr().out
     write_table("validation.jsonl", rows[55:89])
-    assert len(make().validation) == 34 and make().fingerprint != table.fingerprint
+    again = make()
+    assert len(again.validation) == 34 and again.fingerprint == table.fingerprint
+    assert again.validation_fingerprint != table.validation_fingerprint

@@ -60,6 +60,14 @@ def test_severity_weights_are_the_papers():
         severity_weights(torch.rand(3, 2))
 
 
+def test_severity_weights_stay_fp32():
+    """Under autocast, and of probabilities in 16 bits: 16 bits tell only some 200 weights below 1 apart."""
+    p = torch.tensor([[0.2, 0.3, 0.5], [0.1234, 0.2345, 0.6421]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(severity_weights(p), torch.tensor([1.15, 1.25935]))
+    assert severity_weights(p.bfloat16()).dtype == torch.float32
+
+
 # ------------------------------------------------------------------ weighted_token_ce
 
 def test_weight_one_is_cross_entropy():

@@ -113,9 +113,11 @@ def test_validation_table_of_ones_own(folder, table, rows, capfd):
     assert "10 rows are not trained on: their complaints are in " in printed
     assert f"{len(rows) - 10} pairs to train on, 15 to validate on, 0 kept for evaluate.py" in printed
 
-    refusal(evaluate, out, "--max-new-tokens", 0)
-    message = capfd.readouterr().err
-    assert "was trained on" in message and "--data" in message and message.count("\n") == 1
+    copy = write("copy.jsonl", rows)
+    for arguments in ([], ["--data", copy], ["--data", copy, "--split", "all"]):
+        refusal(evaluate, out, "--max-new-tokens", 0, *arguments)
+        message = capfd.readouterr().err
+        assert "was trained on" in message and "--data" in message and message.count("\n") == 1
     test = write("test.jsonl", new)
     call(evaluate, out, "--data", test, "--split", "all", "--max-new-tokens", 0)
     assert "5 rows are evaluated" in capfd.readouterr().out
@@ -675,6 +677,13 @@ def test_answers_with_unicode_line_separators(tmp_path):
 
 
 # ------------------------------------------------------------------ refusals
+
+def test_what_was_found_in_the_table_is_printed_before_a_refusal(write_table, rows, capsys):
+    table = write_table("few.jsonl", [*rows[:2], {**rows[2], "Answer": ""}])
+    refusal(finetune, "--data", table)
+    printed = capsys.readouterr().out
+    assert "complaint = 'Question'" in printed and "left out 1 rows: 1 without a response (row 3)" in printed
+
 
 @pytest.fixture
 def bad(folder, tmp_path, table, base, classifier, write_table, rows):

@@ -26,7 +26,7 @@ MANUAL_MAX_LENGTH = 256
 
 
 class PackedSequences:
-    """Sequences of the given lengths; a token sees its own sequence, with causal=True what precedes it there.
+    """Sequences of the given lengths; a token sees its own sequence, with causal=True up to itself.
 
     On the device: seqlens (B,); cu_seqlens (B + 1,) int32, where sequences begin and end; positions (N,), 0,
     1, ... within each sequence; sequence_ids (N,), which sequence a token belongs to.
@@ -86,7 +86,7 @@ class PackedSequences:
     def _flash_attention(self, q, k, v, scale, window):
         """On CUDA, where `flash_takes` it, without ALiBi: PyTorch's flash kernel for packed sequences."""
         from torch.nn.attention.varlen import varlen_attn  # here, as it takes a second to import
-        before = window - 1 if window else -1  # tokens seen; -1: all
+        before = window - 1 if window else -1  # earlier tokens that are seen; -1: all
         after = 0 if self.causal else -1
         return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen,
                            scale=scale, window_size=(before, after), enable_gqa=q.shape[1] != k.shape[1])
@@ -118,7 +118,8 @@ class PackedSequences:
                                               scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
     def _mask(self, length, slopes, window, dtype):
-        """(1, 1 or H, length, length), added to the scores: the same in every layer, so made once a batch."""
+        """(1, 1 or H, length, length), added to the scores: made once a batch, as all layers have the same
+        slopes."""
         key = length, window, dtype
         if key not in self._masks:
             t = torch.arange(length, device=self.positions.device)
@@ -132,7 +133,7 @@ class KVCache:
 
     buffers: layer -> its keys and values (or a convolution's inputs), (B, K, room, d), each sequence from
     position 0 on; they grow by ROOM tokens. positions (N,), sequence_ids (N,): of the next call's tokens;
-    lengths: with them.
+    lengths (B,): of the sequences, these tokens included.
     """
 
     ROOM = 64
@@ -255,5 +256,5 @@ def check_context(sequences, context):
 
 
 def embedding(rows, width):
-    """nn.Embedding without values: to draw them on the meta device torch imports its compiler, 2 s."""
+    """nn.Embedding without values: drawing them on the meta device would import torch's compiler, 2 s."""
     return torch.nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
