@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from tabulate import tabulate
 from tqdm import tqdm
 
 from sevloss import (
@@ -27,7 +28,7 @@ from sevloss import (
     interpreting,
     report_errors,
     stop,
-    terminal,
+    write_text,
 )
 from sevloss.data import Fingerprint, digest, sample_pairs, split_pairs
 from sevloss.evaluation import findings, scores
@@ -279,7 +280,8 @@ def table_of(evaluation):
         if not group.startswith("specialty: "):
             means = [evaluation.means[setting.name, score, group] for score in evaluation.score_names]
             rows.append([setting.name, group, count, *(f"{mean.value:.4f}" for mean in means)])
-    return terminal.table(["setting", "rows of", "n", *evaluation.score_names], rows)
+    header = ["setting", "rows of", "n", *evaluation.score_names]
+    return tabulate(rows, header, disable_numparse=True, stralign="right", colalign=("left", "left"))
 
 
 # --- all of it ----------------------------------------------------------------------------------------------
@@ -344,7 +346,7 @@ def evaluate(args, names, out):
     # What is written
     table = table_of(evaluation)
     write_evaluation(out, evaluation)
-    checkpoint.write_lines(out / "table.txt", [table])
+    write_text(out / "table.txt", table + "\n")
     checkpoint.write_json(out / "evaluation.json", evaluation.to_json())
 
     # What is printed

@@ -25,7 +25,6 @@ from sevloss import (
     distributed,
     report_errors,
     stop,
-    terminal,
 )
 from sevloss.classifier import annotate
 from sevloss.evaluation import scores
@@ -236,7 +235,10 @@ def show_weights(weights, coefficients):
     print(f"severity weights of the {len(weights):,} training examples: "
           f"mean {weights.mean():.3f}, sd {sd:.3f}, from {weights.min():.3f} to {weights.max():.3f}")
     if low < high:
-        print(terminal.histogram(weights.tolist(), low, high))
+        counts, edges = np.histogram(weights.numpy().clip(low, high), 12, (low, high))
+        for count, start, end in zip(counts, edges, edges[1:]):
+            bar = "#" * math.ceil(40 * count / counts.max())
+            print(f"  {start:5.2f} to {end:5.2f} {count:7,} {bar}")
         if sd < 0.05 * (high - low):
             print("  Nearly all weights are the same: the probabilities hardly tell the classes apart, so "
                   "the weighting will hardly act.")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
@@ -30,7 +31,6 @@ from sevloss import (
     interpreting,
     lock,
     report_errors,
-    terminal,
 )
 from sevloss.classifier import annotate, baseline, report
 from sevloss.inputs import hub, tables
@@ -353,7 +353,7 @@ def train_and_save(args, compute, run):
     best_nll = math.inf
     scores_by_seed = {}
     log = run / "metrics.jsonl"
-    checkpoint.write_lines(log, [])
+    checkpoint.keep_lines(log, 0)
     for seed in args.seed:
         fitted = fit(args, compute, train, validation, seed, name=f"seed {seed}", log=log)
         scores_by_seed[seed] = scores(fitted.logits / fitted.temperature, labels_of(validation))
@@ -389,14 +389,18 @@ def train_and_save(args, compute, run):
         "out_of_fold": dict(zip(out_of_fold_ids, probabilities.tolist())),
         "trained_on": sorted(trained_on | known), "split_rule": data.SPLIT_RULE})
     print(f"\n{basis}\n")
-    print(terminal.table(["model", *report.SCORE_NAMES.values()], report.score_rows(logits, labels)))
+    print_table(["model", *report.SCORE_NAMES.values()], report.score_rows(logits, labels))
     confusion = confusion_matrix(probabilities.argmax(-1), labels).tolist()
     for warning in report.warnings(probabilities, labels):
         print(f"  warning: {warning}")
     print("\nconfusion (rows: true class, columns: predicted)")
-    print(terminal.table(["", *CLASSES], [[name, *row] for name, row in zip(CLASSES, confusion)]))
+    print_table(["", *CLASSES], [[name, *row] for name, row in zip(CLASSES, confusion)])
     print(f"\nwrote {run} (model, report.html); {compute.peak_memory()}")
     print(f"next: python finetune.py --classifier {run}")
+
+
+def print_table(header, rows):
+    print(tabulate(rows, header, disable_numparse=True, stralign="right", colalign=("left",)))
 
 
 def print_seeds(scores_by_seed):

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from experiment import write_table
+from tabulate import tabulate
 
-from sevloss import InputError, data, device, report_errors, terminal
+from sevloss import InputError, data, device, report_errors
 from sevloss.classifier import baseline
 from sevloss.inputs import tables
 from sevloss.models import load_model, load_tokenizer
@@ -154,7 +155,8 @@ def main():
         after = F.cross_entropy(together, labels)
         lines.append([name, *(f"{s[key]:.3f}" for key in ("accuracy", "macro_f1", "auc")),
                       f"{s['nll']:.4f}", f"{after:.4f}"])
-    print(terminal.table(["out of fold", "accuracy", "macro-F1", "AUC critical", "NLL", "calibrated"], lines))
+    header = ["out of fold", "accuracy", "macro-F1", "AUC critical", "NLL", "calibrated"]
+    print(tabulate(lines, header, disable_numparse=True, stralign="right", colalign=("left",)))
     probabilities = together.double().softmax(-1)
     for name in ("balanced", "strong"):
         weights = probabilities @ torch.tensor(WEIGHTINGS[name], dtype=torch.float64)

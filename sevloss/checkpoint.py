@@ -21,11 +21,9 @@ from sevloss import (
     distributed,
     flush_to_disk,
     interpreting,
-    is_rank_0,
     lock,
     write_atomically,
     write_json,
-    write_text,
     writing,
 )
 from sevloss.data import SPLIT_RULE, check_split_rule, digest
@@ -46,7 +44,7 @@ def open_run(out, kind, resume=False):
     runs/<kind>-001 and so on. InputError where it holds something that would be lost."""
     if out is None and resume:
         raise InputError("--resume needs the run folder: --out RUN")
-    if not is_rank_0():  # rank 0 says which one it is
+    if distributed.rank() > 0:  # rank 0 says which one it is
         yield distributed.gather(None)[0]
         return
     if out is None:
@@ -83,7 +81,7 @@ def lock_folder(folder):
     """Holds a folder; of a run, what killed processes were writing is removed, and links to other folders are
     refused."""
     with lock(folder / ".lock"):
-        is_run = is_rank_0() and (folder / "run.json").is_file()
+        is_run = distributed.rank() == 0 and (folder / "run.json").is_file()
         for path in folder.rglob("*") if is_run else ():
             if path.is_symlink() and path.is_dir():
                 raise InputError(f"{path} leads out of the run: put the folder itself in its place")
@@ -105,15 +103,11 @@ def check_layout(run):
 
 # --- its files ----------------------------------------------------------------------------------------------
 
-def write_lines(path, lines):
-    write_text(path, "".join(line + "\n" for line in lines))
-
-
 def append(path, text, to_disk=False):
     """Adds to the end of a file. A symbolic link is not followed."""
     def open_itself(name, flags):
         return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    if is_rank_0():
+    if distributed.rank() == 0:
         with writing(path), open(path, "a", encoding="utf-8", newline="", opener=open_itself) as file:
             file.write(text)
             if to_disk:

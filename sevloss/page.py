@@ -18,8 +18,7 @@ _templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).pa
 
 class Table(NamedTuple):
     header: list
-    rows: list
-    text_columns: int = 1  # from the left; numbers stand in the others, to the right
+    rows: list  # a text, then numbers
 
 
 class Picture(NamedTuple):

@@ -11,18 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sevloss import (
-    InputError,
-    checkpoint,
-    data,
-    device,
-    distributed,
-    flush_to_disk,
-    interpreting,
-    is_rank_0,
-    lock,
-    stop,
-)
+from sevloss import InputError, checkpoint, data, device, distributed, flush_to_disk, interpreting, lock, stop
 from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES
@@ -130,7 +119,7 @@ def annotate_table(classifier, table, to, columns):
         chunk = list(islice(pairs, CHUNK))
 
         checkpoint.append(partial, "")
-        if is_rank_0():
+        if distributed.rank() == 0:
             os.truncate(partial, done["bytes"])
         stop.waits = True  # a signal is looked at between chunks
         with tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
@@ -148,7 +137,7 @@ def annotate_table(classifier, table, to, columns):
                               f"{done['rows']:,} rows are kept: the same command goes on")
                 chunk = list(islice(pairs, CHUNK))
         stop.waits = False
-        if is_rank_0():
+        if distributed.rank() == 0:
             journal.unlink()
             os.replace(partial, to)
             flush_to_disk(to.parent)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from sevloss.checkpoint import write_lines
+from sevloss import write_text
 from sevloss.evaluation.findings import decimals, with_interval, without_nan
 from sevloss.evaluation.scores import RATES
 from sevloss.page import Table, picture, write_page
@@ -69,7 +69,8 @@ def write_rows(folder, evaluation):
             values = {score: float(column[i]) for score, column in columns.items()}
             scores.append({"row": row.row, "run": run, "severity": row.class_name, **without_nan(values)})
     for name, lines in (("generations", generations), ("scores", scores)):
-        write_lines(folder / f"{name}.jsonl", (json.dumps(line, ensure_ascii=False) for line in lines))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(folder / f"{name}.jsonl", text)
 
 
 def score_table(evaluation, estimates, lines):

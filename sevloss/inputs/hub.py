@@ -140,15 +140,6 @@ def read_optional(ckpt, name) -> dict:
     return read_json(paths[0]) if paths else {}
 
 
-def stored_tensors(ckpt) -> dict:
-    """{name: function that reads that tensor}, of one file or of all shards. A caller that drops each of them
-    after its call holds little more than it keeps, also of a .bin, which is read whole."""
-    tensors = {}
-    for path in weight_files(ckpt):
-        tensors |= open_tensors(path)
-    return tensors
-
-
 def weight_files(ckpt, names=WEIGHTS) -> list[Path]:
     """The first of `names` that is there; of an index, all its shards."""
     path = find_file(ckpt, names)

@@ -108,12 +108,6 @@ def _wordpiece(path, config, special):
     return tokenizer
 
 
-def keep_whole(tokenizer, words):
-    """Each of the words that the vocabulary has is one token."""
-    whole = [word for word in words if tokenizer.token_to_id(word) is not None]
-    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in whole])
-
-
 def check_growth(tokenizer):
     """InputError for a tokenizer that makes much of little, by rules that each double a text, or a template
     that repeats it."""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from torch.utils.checkpoint import checkpoint
 
 from sevloss import InputError, distributed, interpreting, write_atomically, write_json
 from sevloss.inputs import hub
-from sevloss.inputs.tokenizer_files import check_growth, from_vocabulary, keep_whole
+from sevloss.inputs.tokenizer_files import check_growth, from_vocabulary
 from sevloss.models import lora
 from sevloss.models.bert import Bert
 from sevloss.models.bloom import Bloom
@@ -57,7 +57,9 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
             raise InputError(f"{ckpt} holds quantized weights (its config.json has a quantization_config): "
                              "take the checkpoint that they were made from")
         family = FAMILIES[raw["model_type"]]
-        stored = hub.stored_tensors(ckpt)
+        stored = {}
+        for path in hub.weight_files(ckpt):
+            stored |= hub.open_tensors(path)
         raw["num_labels"] = num_labels
         if hasattr(family.Config, "eos_token_id"):
             raw["eos_token_id"] = _end_of_text(ckpt, raw)
@@ -213,7 +215,9 @@ def load_tokenizer(ckpt) -> Tokenizer:
             tokenizer = from_vocabulary(ckpt, path)
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        keep_whole(tokenizer, hub.read_optional(ckpt, "tokenizer_config.json").get("never_split") or ())
+        words = hub.read_optional(ckpt, "tokenizer_config.json").get("never_split") or ()
+        known = [word for word in words if tokenizer.token_to_id(word) is not None]
+        tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in known])
         check_growth(tokenizer)
         vocabulary = tokenizer.get_vocab()
         last = max(vocabulary, key=vocabulary.get, default="")
@@ -282,9 +286,7 @@ def check_causal(model, ckpt):
 def eos_ids(model):
     """The ids that end a text, as config.json gives them; () for an encoder."""
     ids = getattr(model.config, "eos_token_id", None)
-    if ids is None:
-        return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    return (ids,) if isinstance(ids, int) else tuple(ids or ())
 
 
 def _some(names):
