@@ -21,19 +21,15 @@ class Table(NamedTuple):
     rows: list  # a text, then numbers
 
 
-class Picture(NamedTuple):
-    title: str
-    source: str  # a data: URL
-    width: int  # CSS pixels
-
-
 def picture(figure, title, path):
-    """Saves a matplotlib figure as `path` -> Picture, to embed it as well."""
+    """Saves a matplotlib figure as `path` -> what page.html embeds: title, source (a data: URL), width in CSS
+    pixels."""
     buffer = BytesIO()
     figure.savefig(buffer, dpi=130)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
     encoded = base64.b64encode(buffer.getvalue()).decode()
-    return Picture(title, f"data:image/png;base64,{encoded}", width=round(100 * figure.get_figwidth()))
+    return {"title": title, "source": f"data:image/png;base64,{encoded}",
+            "width": round(100 * figure.get_figwidth())}
 
 
 def write_page(path, template, **content):

@@ -140,7 +140,7 @@ def test_a_dollar_in_a_picture_is_no_formula(tmp_path):
     """matplotlib would refuse to draw a run whose name looks like one."""
     figure = Figure()
     figure.suptitle(r"cost$\frac$")
-    assert picture(figure, "title", tmp_path / "a.png").source.startswith("data:image/png")
+    assert picture(figure, "title", tmp_path / "a.png")["source"].startswith("data:image/png")
 
 
 def test_numbers_are_those_of_the_json(written, evaluation):

@@ -90,13 +90,12 @@ def _download(repository):
     weights = next((name for name in (*ADAPTERS, *WEIGHTS) if name in files), "")
     shards = weights.removesuffix(".index.json").replace(".", "-*.")
     wanted = [*OTHER_FILES, *TOKENIZERS, weights, shards]
-    try:
-        return Path(snapshot_download(repository, allow_patterns=wanted))
-    except errors.GatedRepoError as error:
-        message = f"{repository} is gated: accept its terms on the hub, then run `hf auth login`"
-        raise InputError(message) from error
-    except (errors.HTTPError, OSError) as error:
-        raise InputError(f"downloading {repository} failed: {_first_line(error)}") from error
+    with interpreting(repository, "try again", wanted="downloaded"):
+        try:
+            return Path(snapshot_download(repository, allow_patterns=wanted))
+        except errors.GatedRepoError as error:
+            raise InputError(f"{repository} is gated: accept its terms on the hub, then run `hf auth login`"
+                             ) from error
 
 
 def _cached(repository, reason):
@@ -165,7 +164,8 @@ def open_tensors(path) -> dict:
     except Exception as error:  # what broken files raise has no common class
         if "GLOBAL" in str(error):  # torch's own message explains how to run it
             raise InputError(refusal) from error
-        reason = _first_line(error).split(". ")[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line.split(". ")[0]
         raise InputError(f"{path} is broken or not finished downloading: {reason}; "
                          "delete it and get it again") from error
     if isinstance(state, dict):  # trainers wrap the tensors: {"state_dict": tensors, "epoch": 3}
@@ -178,7 +178,3 @@ def open_tensors(path) -> dict:
 
 def _all_tensors(state):
     return isinstance(state, dict) and all(isinstance(tensor, torch.Tensor) for tensor in state.values())
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
