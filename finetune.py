@@ -16,16 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sevloss import (
-    InputError,
-    check_positive,
-    checkpoint,
-    data,
-    device,
-    distributed,
-    report_errors,
-    stop,
-)
+from sevloss import InputError, check_positive, checkpoint, data, device, distributed, report_errors, stop
 from sevloss.classifier import annotate
 from sevloss.evaluation import scores
 from sevloss.inputs import tables
