@@ -30,7 +30,7 @@ from sevloss import (
     stop,
     write_text,
 )
-from sevloss.data import Fingerprint, digest, sample_pairs, split_pairs
+from sevloss.data import Fingerprint, complaint_id, digest, sample_pairs, split_pairs
 from sevloss.evaluation import findings, scores
 from sevloss.evaluation.bertscore import Scorer
 from sevloss.evaluation.report import write_evaluation
@@ -96,15 +96,14 @@ def check_names(names):
     for name, place in zip(names, places):
         if places.count(place) > 1:
             raise InputError(f"{name} is given twice")
-        checkpoint.check_layout(findings.run_folder(name) or name)
+        checkpoint.check_layout(name)
 
 
-def table_of_run(name, table):
-    """The path of a run's table, which is as it was typed: from here or from a folder above the run."""
-    for folder in (Path(), *Path(name).resolve().parents):
-        if (folder / table).is_file():
-            return folder / table
-    raise InputError(f"{name} was trained on {table}, which is not here: give --data TABLE")
+def tables_of_run(name, run, table):
+    """Where a run's table, as it was typed, may lie: seen from where training was called, from here, from a
+    folder above the run."""
+    folders = (run.get("called_in", ""), Path(), *Path(name).resolve().parents)
+    return [Path(folder, table).resolve() for folder in folders]
 
 
 def test_rows(args, runs):
@@ -115,12 +114,15 @@ def test_rows(args, runs):
     columns = tables.parse_columns(args.columns)
     if trained and not args.data:
         name, run = next(iter(trained.items()))
-        table = table_of_run(name, run["table"])
+        table = next((path for path in tables_of_run(name, run, run["table"]) if path.is_file()), None)
+        if table is None:
+            raise InputError(f"{name} was trained on {run['table']}, which is not here: give --data TABLE")
         columns = run.get("columns", {}) | columns
     pairs = tables.read_pairs(table, needed=("complaint", "response"), columns=columns)
     for name, run in trained.items():
-        known = [Path(path).resolve() for path in (run["table"], run["arguments"].get("data", run["table"]))]
-        same_file = Path(table).resolve() in known  # the latter: before a classifier annotated it
+        known = tables_of_run(name, run, run["table"])
+        known += tables_of_run(name, run, run["arguments"].get("data", ""))  # before it was annotated
+        same_file = Path(table).resolve() in known
         seen = args.split == "all" or run["arguments"].get("validation")  # then all of it was trained on
         if seen and (same_file or run["data_fingerprint"] == str(Fingerprint(pairs))):
             raise InputError(f"{name} was trained on {table}: that would score what it has seen; give "
@@ -129,7 +131,13 @@ def test_rows(args, runs):
     if not pairs:
         raise InputError(f"{table}: none of its complaints falls into the test split; if it is a test set, "
                          "--split all takes all of it")
-    pairs = sorted(sample_pairs(pairs, args.rows), key=lambda pair: pair.row)
+    first = {}
+    for pair in pairs:
+        first.setdefault(complaint_id(pair.complaint), pair)
+    if len(first) < len(pairs):
+        print(f"  {len(pairs) - len(first):,} rows repeat a complaint and are left out: intervals and tests "
+              "count rows as independent")
+    pairs = sorted(sample_pairs(first.values(), args.rows), key=lambda pair: pair.row)
     print(f"{len(pairs):,} rows are evaluated")
 
     protocol = {"table": Path(table).name, "rows": len(pairs), "fingerprint": str(Fingerprint(pairs))}
@@ -154,6 +162,10 @@ def answer_rows(name, run, pairs, protocol, args, path):
     model, tokenizer = load_model(name), load_tokenizer(name)
     check_causal(model, name)
     compute = device.choose(args.device, args.dtype, small=sum(p.numel() for p in model.parameters()) < 10e6)
+    dtype = str(compute.dtype).removeprefix("torch.")
+    if stored and stored.dtype not in ("", dtype):
+        raise InputError(f"{path} was begun in {stored.dtype}, this would go on in {dtype}: choose --dtype, "
+                         "or remove it")
     model.to(compute.device)
     print(f"{name}: {compute}; {len(done):,} of {len(pairs):,} rows were answered before")
 
@@ -187,7 +199,7 @@ def answer_rows(name, run, pairs, protocol, args, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.keep_lines(path)  # without one that a stop cut in half
     if not stored:
-        head = {"name": name, "run": run, "protocol": protocol}
+        head = {"name": name, "run": run, "protocol": protocol, "dtype": dtype}
         checkpoint.append(path, json.dumps(head, ensure_ascii=False) + "\n")
     bar = tqdm(total=len(pairs), initial=len(done), unit="row", desc=name, mininterval=1)
     with bar, compute.autocast():
@@ -253,7 +265,8 @@ def bert_scores(answers, args, notes):
             if scorer.cut:
                 kept["notes"] = [f"BERTScore of {a.name}: {scorer.cut:,} texts were cut to what the encoder "
                                  "reads"]
-            checkpoint.write_json(path, kept)
+            with contextlib.suppress(InputError):  # beside answers that lie in another's folder
+                checkpoint.write_json(path, kept)
         with interpreting(path, "remove it"):
             f1[a.name] = np.array(kept["f1"], dtype=float).reshape(len(a.rows))
             notes += kept["notes"]
@@ -293,12 +306,13 @@ def main():
 
     names = [name.rstrip("/") for name in args.runs] or [newest_run()]
     if args.against:
-        args.against = args.against.rstrip("/")
-        names += [args.against] if args.against not in names else []
+        same = [name for name in names if Path(name).resolve() == Path(args.against).resolve()]
+        args.against = same[0] if same else args.against.rstrip("/")
+        names += [] if same else [args.against]
     check_names(names)
     out = Path(args.out or (Path(names[0]) if Path(names[0]).is_dir() else Path("runs")) / "evaluation")
     with contextlib.ExitStack() as locks:  # of all that is written to
-        for folder in {out.resolve(), *map(findings.run_folder, names)} - {None}:
+        for folder in {out.resolve(), *map(checkpoint.run_folder, names)} - {None}:
             locks.enter_context(checkpoint.lock_folder(folder))
         evaluate(args, names, out)
 

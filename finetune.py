@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -175,6 +176,7 @@ def load_checkpoint(args, compute, table, read_options):
         preprocess = data.choose_preprocess(args.preprocess, args.ckpt, {})
         model, tokenizer = tiny_gpt2(training_texts(args, table, read_options, preprocess))
     else:
+        checkpoint.check_layout(args.ckpt)
         # A frozen base is held in the dtype it is computed in: autocast would cast it anew at every use.
         # Shards have one dtype and are cast when they are gathered.
         dtype = compute.dtype if args.lora and not args.shard else torch.float32
@@ -353,8 +355,8 @@ def train(args, run):
 
     # ---- resume, or begin; `record` goes into run.json, beside the arguments
     record = dict(coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT, compute=str(compute),
-                  table=str(table), columns=read_options["columns"], steps=steps,
-                  data_fingerprint=encoded.fingerprint,
+                  table=str(table), called_in=str(Path().resolve()), columns=read_options["columns"],
+                  steps=steps, data_fingerprint=encoded.fingerprint,
                   validation_fingerprint=encoded.validation_fingerprint,
                   model_fingerprint="" if args.ckpt == "tiny" else checkpoint.weights_digest(args.ckpt))
     progress = resume_or_begin(run, args, record, model, tokenizer, optimizer, scaler)

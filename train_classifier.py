@@ -33,7 +33,7 @@ from sevloss import (
     report_errors,
 )
 from sevloss.classifier import annotate, baseline, report
-from sevloss.inputs import hub, tables
+from sevloss.inputs import tables
 from sevloss.models import load_model, load_tokenizer, save_model
 from sevloss.models.tiny import tiny_bert
 from sevloss.optimizer import adamw, set_learning_rate
@@ -185,8 +185,11 @@ def fit(args, compute, train, validation, seed, *, name, log=None):
             shares = device.to_device(targets[rows], compute.device)  # (B, 3)
             with compute.autocast():
                 logits = model.classify(tokens, lengths)  # (B, 3)
-                loss = F.cross_entropy(logits.float(), shares, weight=class_weights, reduction="sum",
-                                       label_smoothing=args.label_smoothing) / len(indices)
+                nll = F.cross_entropy(logits.float(), shares, reduction="none",
+                                      label_smoothing=args.label_smoothing)  # (B,)
+                if class_weights is not None:  # of the rows: cross_entropy's would weigh what smoothing adds
+                    nll = nll * (shares @ class_weights)
+                loss = nll.sum() / len(indices)
             if not own:
                 loss = 0 * loss
             scaler.scale(loss).backward()
@@ -229,8 +232,9 @@ def fit(args, compute, train, validation, seed, *, name, log=None):
         elif epoch - best_epoch >= args.patience:
             break
     bar.close()
-    if best_nll == math.inf:
-        raise InputError("the validation loss was never finite: lower --lr")
+    if not updates or best_nll == math.inf:
+        raise InputError("fp16 skipped all steps, or the validation loss was never finite: lower --lr, or "
+                         "use --dtype fp32")
 
     # ---- the best epoch, calibrated
     model.load_state_dict(best_state)
@@ -298,6 +302,11 @@ def main():
     args.device = distributed.start(args.device)
     annotate_only = args.annotate and not args.data
     if args.annotate:  # what would fail should fail before hours of training
+        columns = tables.parse_columns(args.columns)
+        if not annotate_only and not Path(args.annotate).samefile(args.data):
+            columns = {}  # they are those of the other table
+        source, header, _ = tables.read_rows(args.annotate, ("complaint",), columns)
+        tables.find_columns(source, header, columns, ("complaint",))
         with lock(f"{args.to}.lock"):  # a lock that a killed process left goes with it
             annotate.check_target(args.to)
     compute = device.choose(args.device, args.dtype, small=args.ckpt == "tiny",
@@ -309,7 +318,6 @@ def main():
             train_and_save(args, compute, run)
         distributed.wait_for_all()  # until rank 0 has written it
     if args.annotate:
-        columns = tables.parse_columns(args.columns) if annotate_only else {}
         annotate.annotate_table(annotate.Classifier(run, compute), args.annotate, args.to, columns)
 
 
@@ -333,14 +341,15 @@ def train_and_save(args, compute, run):
     # ---- what would fail should fail before anything is written
     known = {data.complaint_id(pair.complaint) for pair in train + validation}
     trained_on = set()
-    path = Path(args.ckpt) / "classifier.json"
-    if path.is_file():
-        with interpreting(path, "train it again"):
-            trained_on = set(hub.read_json(path)["trained_on"])
+    if checkpoint.read_run_json(args.ckpt).get("script") == "train_classifier.py":
+        _, result = annotate.read_run(args.ckpt)
+        with interpreting(f"classifier.json of {args.ckpt}", "train it again"):
+            trained_on = set(result["trained_on"])
     if args.folds and trained_on & known:
         raise InputError(f"{args.ckpt} was trained on these complaints: --folds would score what it has "
                          "seen; use another --ckpt")
     folds = make_folds(train + validation, args.folds)
+    checkpoint.check_layout(args.ckpt)
     model, _ = make_model(args, [pair.complaint for pair in train], args.seed[0])
     preprocess = model.raw_config["sevloss"]["preprocess"]
     print(f"{args.ckpt}: preprocessing {preprocess}")

@@ -21,7 +21,7 @@ from tabulate import tabulate
 
 from sevloss import InputError, data, device, report_errors
 from sevloss.classifier import baseline
-from sevloss.inputs import tables
+from sevloss.inputs import hub, tables
 from sevloss.models import load_model, load_tokenizer
 from sevloss.severity import CLASSES, WEIGHTINGS, fit_temperature, scores
 
@@ -139,13 +139,13 @@ def main():
     members = {"n-grams": ngram_member(texts, labels, fold)}
     for encoder in args.encoders:
         ckpt, _, block = encoder.rpartition(":")
-        name = f"{Path(ckpt).name}:{block}"
-        kept = Path(args.features) / f"{Path(args.data).stem}-{name.replace(':', '-')}.npy"
+        made_of = data.digest(texts, hub.full_name(ckpt))
+        kept = Path(args.features) / f"{Path(args.data).stem}-{Path(ckpt).name}-{block}-{made_of}.npy"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             x = features(ckpt, int(block), texts, device.choose(args.device, "fp32"))
             np.save(kept, x.numpy())
-        members[name] = linear_member(torch.from_numpy(np.load(kept)), labels, fold)
+        members[encoder] = linear_member(torch.from_numpy(np.load(kept)), labels, fold)
     members["all of them"] = sum(members.values())
 
     lines = []

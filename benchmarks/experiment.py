@@ -9,7 +9,8 @@ probabilities (a classifier's), or either of them shuffled among the training ro
 wrong complaints. A table without labels: --settings none strong-classifier strong-classifier-shuffled.
 
 Seed s is tested on the rows of fold s of `--folds` and trained on all others, so that each seed brings test
-rows of its own: differences between seeds hold the chance of the rows too, and a t test over seeds is right.
+rows of its own: differences between seeds hold the chance of the rows too, and a t test over seeds is about
+right (the seeds share most of their training rows).
 The folds follow from the complaints' hash. Within a seed all settings have the same rows, order and steps.
 The last step is evaluated: there is one save, so nothing is chosen by the test rows.
 
@@ -86,7 +87,7 @@ def make_run(pairs, setting, seed, args, out):
     train = []
     test = []
     for pair in pairs:
-        if data.fold_of(pair.complaint, args.folds, "experiment") == seed % args.folds:
+        if data.fold_of(pair.complaint, args.folds, "experiment") == seed:
             test.append(pair)
         else:
             train.append(pair)
@@ -107,9 +108,9 @@ def make_run(pairs, setting, seed, args, out):
          "--max-new-tokens", 0, *args.evaluate.split())
 
     answers, = (run / "evaluation").glob("answers-*.jsonl")
-    answers = findings.load_answers(answers).rows  # in the test table's order
     lines = []
-    for pair, answer in zip(test, answers, strict=True):
+    for answer in findings.load_answers(answers).rows:  # one a complaint; their rows are the test table's
+        pair = test[answer.row - 1]
         lines.append(f"{pair.row}\t{answer.nll:.4f}\t{answer.tokens}\n")
     write_text(out / f"{setting}-{seed}.tsv", "row\tnll\ttokens\n" + "".join(lines))
 
@@ -119,9 +120,13 @@ def make_runs(args):
     out.mkdir(parents=True, exist_ok=True)
     pairs = tables.read_pairs(args.data, needed=("complaint", "response"), probabilities="required")
     lines = [f"{pair.row}\t{class_name(pair.severity, pair.probabilities)}\n" for pair in pairs]
-    write_text(out / "rows.tsv", "row\tclass\n" + "".join(lines))
     about = {"ckpt": str(args.ckpt), "folds": args.folds, "finetune": args.finetune,
              "evaluate": args.evaluate, "rows": len(pairs), "data_fingerprint": str(data.Fingerprint(pairs))}
+    if max(args.seeds) >= args.folds:
+        raise InputError(f"a seed needs a fold of its own: with --folds {args.folds}, seeds are below that")
+    if (out / "about.json").exists() and json.loads((out / "about.json").read_text()) != about:
+        raise InputError(f"{out} holds an experiment with other arguments or data: give another --out")
+    write_text(out / "rows.tsv", "row\tclass\n" + "".join(lines))
     write_text(out / "about.json", json.dumps(about, indent=1) + "\n")
     for setting in args.settings:
         for seed in args.seeds:
@@ -133,24 +138,31 @@ def make_runs(args):
 
 def read_results(folder):
     """{setting: {seed: {group: NLL per token, mean over rows}}} of a folder; groups: all, each class, and
-    contrast, which is critical minus non-critical: as in evaluate.py."""
+    contrast, which is critical minus non-critical: as in evaluate.py. Rows that a setting of the seed lacks
+    count in none of the seed's settings."""
     classes = dict(line.split("\t") for line in (folder / "rows.tsv").read_text().splitlines()[1:])
-    results = {}
+    if not set(classes.values()) & set(CLASSES):  # no labels at all: by predicted class
+        classes = {row: name.removeprefix("predicted ") for row, name in classes.items()}
+
+    nll = {}  # (setting, seed) -> {row: NLL per token}
     for setting in SETTINGS:
         for path in sorted(folder.glob(f"{setting}-*.tsv")):
             seed = path.stem.removeprefix(f"{setting}-")
-            if not seed.isdigit():  # of a setting whose name is longer
-                continue
-            values = {name: [] for name in ("all", *CLASSES)}
-            for line in path.read_text().splitlines()[1:]:
-                row, nll, tokens = line.split("\t")
-                for name in ("all", classes[row].removeprefix("predicted ")):
-                    values[name].append(float(nll) / int(tokens))
-            groups = {name: np.mean(of_rows) for name, of_rows in values.items()}
-            groups["contrast"] = groups["critical"] - groups["non-critical"]
-            results.setdefault(setting, {})[int(seed)] = groups
-    if not results:
+            if seed.isdigit():  # else of a setting whose name is longer
+                cells = [line.split("\t") for line in path.read_text().splitlines()[1:]]
+                nll[setting, int(seed)] = {row: float(total) / int(tokens) for row, total, tokens in cells}
+    if not nll:
         raise InputError(f"{folder} holds no results: files such as none-0.tsv")
+
+    results = {}
+    for (setting, seed), of_rows in nll.items():
+        in_all = set.intersection(*(set(other) for (_, of_seed), other in nll.items() if of_seed == seed))
+        rows = [row for row in of_rows if row in in_all]
+        groups = {"all": np.mean([of_rows[row] for row in rows])}
+        for name in CLASSES:
+            groups[name] = np.mean([of_rows[row] for row in rows if classes[row] == name])
+        groups["contrast"] = groups["critical"] - groups["non-critical"]
+        results.setdefault(setting, {})[seed] = groups
     return results
 
 
@@ -260,7 +272,7 @@ def main():
     parser.add_argument("--data", default=tables.SAMPLE, help="table with labels and severity probabilities")
     parser.add_argument("--ckpt", default="tiny")
     parser.add_argument("--settings", choices=SETTINGS, nargs="+", default=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="below --folds")
     parser.add_argument("--folds", type=int, default=10)
     parser.add_argument("--out", default="runs/experiment")
     parser.add_argument("--finetune", default="", metavar="ARGUMENTS", help='e.g. "--lora 16 --lr 2e-4"')

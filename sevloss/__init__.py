@@ -199,8 +199,8 @@ def report_errors(main):
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            line = ("error: out of memory: lower --micro-tokens, --batch-size or --max-length, or add "
-                    "--gradient-checkpointing; what was saved before stays")
+            line = ("error: out of memory: lower --batch-size, --max-length or, in finetune.py, "
+                    "--micro-tokens; there --gradient-checkpointing helps, too; what was saved before stays")
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

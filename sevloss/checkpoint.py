@@ -90,15 +90,29 @@ def lock_folder(folder):
         yield
 
 
-def check_layout(run):
+def run_folder(ckpt):
+    """The run that a checkpoint is, or whose merged model it is; None for any other checkpoint."""
+    folder = Path(ckpt).resolve()
+    if folder.name == "merged" and not (folder / "run.json").is_file():
+        folder = folder.parent
+    return folder if (folder / "run.json").is_file() else None
+
+
+def read_run_json(ckpt):
+    """run.json of the run that a checkpoint is, or whose merged model it is; {} for any other checkpoint."""
+    folder = run_folder(ckpt)
+    return hub.read_json(folder / "run.json") if folder else {}
+
+
+def check_layout(ckpt):
     """InputError for a run of the older layout, whose top level was the last step's model, or another
-    split rule. Folders that are no run pass."""
-    run_json = Path(run) / "run.json"
-    if (Path(run) / "best").is_dir() and run_json.is_file():
-        raise InputError(f"{run} is a run of an older version, its best model is in {run}/best: move that "
+    split rule. Checkpoints that are no run pass."""
+    run = run_folder(ckpt)
+    if run and (run / "best").is_dir():
+        raise InputError(f"{ckpt} is a run of an older version, its best model is in {run}/best: move that "
                          "folder out of it and give its new path as checkpoint; training cannot go on")
-    if run_json.is_file():
-        check_split_rule(hub.read_json(run_json).get("split_rule"), run)
+    if run:
+        check_split_rule(read_run_json(ckpt).get("split_rule"), ckpt)
 
 
 # --- its files ----------------------------------------------------------------------------------------------

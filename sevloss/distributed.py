@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sevloss import InputError, data
+from sevloss.device import choose_device
 
 
 def start(device):
@@ -26,7 +27,7 @@ def start(device):
         return device
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(choose_device(device))
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     # the others wait while rank 0 encodes a table; torchrun itself notices a rank that died
     timeout = timedelta(hours=4)
@@ -111,8 +112,8 @@ def _together(collective, *arguments):
     try:
         collective(*arguments)
     except RuntimeError as error:  # of gloo or NCCL: the connection to another rank is closed
-        raise InputError("another rank has ended, its message says why; --resume goes on after the last "
-                         "save") from error
+        raise InputError("another rank has ended, its message says why; finetune.py --resume goes on "
+                         "after the last save") from error
 
 
 def shard(model, compute):

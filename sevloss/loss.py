@@ -51,9 +51,9 @@ def weighted_token_ce(logits, targets, weights=None, *, denominator=None, ignore
         denominator = (targets != ignore_index).sum().clamp(min=1)
     targets = targets.masked_fill(weights == 0, ignore_index)  # else 0 * inf would be NaN
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index,
-                          reduction="none")
-    return (nll * weights.flatten().to(nll.dtype)).sum() / denominator
+    logits = logits.reshape(-1, logits.shape[-1])
+    nll = F.cross_entropy(logits, targets.reshape(-1), ignore_index=ignore_index, reduction="none")
+    return (nll * weights.reshape(-1).to(nll.dtype)).sum() / denominator
 
 
 def _token_weights(weights, targets):

@@ -297,6 +297,11 @@ def test_columns_that_share_a_name_with_a_field_are_kept(classifier, write_table
     annotate.annotate_table(classifier, table, tmp_path / "new.jsonl", {"complaint": "Title"})
     row = read(tmp_path / "new.jsonl")[0]
     assert (row["Question"], row["Question (of the table)"]) == ("صداع شديد", "عنوان")
+    # in another spelling, too: a reader of the new table takes `critical` for the probability
+    table = write_table("flags.jsonl", [{"question": "صداع شديد", "Answer": "راحة", "critical": 1}])
+    annotate.annotate_table(classifier, table, tmp_path / "flags-new.jsonl", {"complaint": "question"})
+    pair, = tables.read_pairs(tmp_path / "flags-new.jsonl", needed=("complaint",), probabilities="required")
+    assert pair.others["critical (of the table)"] == "1" and pair.probabilities[2] < 1
 
 
 def test_predictions_are_no_labels(classifier, write_table, rows, tmp_path, capsys):

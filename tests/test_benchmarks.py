@@ -146,7 +146,7 @@ def test_a_missing_peer_is_said(load):
 
 # ------------------------------------------------------------------ experiment.py
 
-def test_experiment(run, tmp_path):
+def test_experiment(run, tmp_path, capfd):
     """Runs are trained, tested and kept as numbers; the tables come again from these alone; what is there is
     not made again."""
     command = "experiment.py --settings none strong-labels --seeds 0 --out out --finetune=--max-steps=1"
@@ -158,6 +158,10 @@ def test_experiment(run, tmp_path):
     printed = run(*command.split(" ", 1))
     assert table in printed and "finetune.py" not in printed
     assert table in run("experiment.py", "--from out")
+    for other, message in (("--seeds 10", "a seed needs a fold of its own"), ("--seeds 1 --ckpt x", "another --out")):
+        with pytest.raises(SystemExit):
+            run("experiment.py", f"--out out {other}")
+        assert message in capfd.readouterr().err
 
 
 def test_probabilities_of_the_experiment(load):

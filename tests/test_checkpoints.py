@@ -313,6 +313,12 @@ def test_head_for_other_classes_is_initialised(edited, golden, capsys, labels):
     assert torch.equal(model.bert["pooler"]["dense"].weight, pooler)
 
 
+def test_a_new_head_without_a_pooler_reads_the_mean(edited, capsys):
+    """Also where the checkpoint has a head, but for other classes."""
+    model = load_model(edited("bert", lacking("bert.pooler."), id2label={}), num_labels=5)
+    assert model.mean_classifier.weight.shape == (5, 20) and "pooler" not in model.bert
+
+
 # ------------------------------------------------------------------ what cannot be used
 
 def test_unknown_model_type(edited):

@@ -131,6 +131,10 @@ def test_warnings_in_words():
     neutral, weights = report.warnings(torch.tensor([[0.3, 0.3, 0.4]] * 6)[:, [0, 1, 2]].flip(1), labels)[1:]
     assert neutral == "None of the 2 critical rows is predicted critical."
     assert weights.startswith("Critical rows do not get the largest weights (means, balanced: non-critical 0.950, ")
+    assert report.warnings(sure[2:], labels[2:]) == []  # critical and neutral rows can be compared
+    for only in (slice(0, 4), slice(4, 6)):  # no critical row, critical ones alone
+        assert report.warnings(sure[only], labels[only]) == [
+            "The scored rows are all critical, or none is: the weights cannot be compared."]
 
 
 def test_report_needs_nothing_and_texts_are_no_markup(tmp_path, page_of):

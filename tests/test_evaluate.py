@@ -426,6 +426,35 @@ def test_a_table_that_is_a_test_set(run, rows, start, tmp_path):
     assert found["groups"]["all"] == 120 and found["protocol"]["split"] == "all"
 
 
+def test_repeated_complaints_are_evaluated_once(run, rows, start, tmp_path, capsys):
+    """Intervals and tests count rows as independent; the spelling does not matter."""
+    rows = [row | {"Question": row["Question"].replace("منذ", "قبل")} for row in rows]
+    again = [row | {"Question": row["Question"] + "!!", "Answer": "نعم"} for row in rows[:20]]
+    found = start(run, "--data", write(tmp_path / "all.jsonl", rows + again), "--split", "all", "--rows", 2000)
+    assert found["protocol"]["rows"] == len(rows)
+    assert "20 rows repeat a complaint and are left out" in capsys.readouterr().out
+
+
+def test_answers_of_another_number_format(answered, start, tmp_path, capsys):
+    """A file of answers is of one; that two differ is said."""
+    path = answers_of(answered)
+    head, *records = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    other = json.dumps(json.loads(head) | {"dtype": "bfloat16"}) + "\n"
+    path.write_text(other + "".join(records[:4]), encoding="utf-8")
+    refusal(evaluate, answered, *SHORT)
+    assert "was begun in bfloat16, this would go on in float32" in capsys.readouterr().err
+    path.write_text(head + "".join(records), encoding="utf-8")
+    (tmp_path / "other.jsonl").write_text(other + "".join(records), encoding="utf-8")
+    notes = start(path, tmp_path / "other.jsonl")["notes"]
+    assert "answers were made in different number formats: bfloat16, float32" in notes
+
+
+def test_the_control_in_another_spelling(answered, start, monkeypatch):
+    """A run that --against names is not another one because it is written ./run."""
+    other = copy_of(answered, answered.parent / "other", but=())
+    assert start(answered, other, "--against", f"./{other.name}")["control"] == "other"
+
+
 def test_the_table_of_a_run_from_another_folder(base, table, tmp_path, monkeypatch, capsys):
     """run.json holds the path as it was typed; it is looked for from the folders above the run."""
     run = copy_of(base, tmp_path / "work" / "runs" / "run")
@@ -434,6 +463,13 @@ def test_the_table_of_a_run_from_another_folder(base, table, tmp_path, monkeypat
     checkpoint.write_json(run / "run.json", facts | {"table": "table.jsonl"})
     monkeypatch.chdir(tmp_path)
     call(evaluate, run, *SHORT, "--max-new-tokens", 0)
+    # that is the table it knows, by whatever path, and one of that name in the present folder is not
+    (tmp_path / "table.jsonl").write_text("{}")
+    facts |= {"table": "table.jsonl", "called_in": str(tmp_path / "work")}
+    checkpoint.write_json(run / "run.json", facts | {"data_fingerprint": "of other rows"})
+    call(evaluate, run, *SHORT, "--max-new-tokens", 0)
+    refusal(evaluate, run, *SHORT, "--data", tmp_path / "work" / "table.jsonl", "--split", "all")
+    assert "was trained on" in capsys.readouterr().err
     checkpoint.write_json(run / "run.json", facts | {"table": "gone.jsonl"})
     refusal(evaluate, run, *SHORT)
     assert "was trained on gone.jsonl, which is not here: give --data TABLE" in capsys.readouterr().err

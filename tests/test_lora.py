@@ -206,6 +206,9 @@ def test_an_adapter_on_an_adapter(adapted, golden, tmp_path):
         (tmp_path / "second" / name).unlink()
     assert_same(load_model(tmp_path / "second")(torch.arange(9), [9]), second(torch.arange(9), [9]))
     assert load_tokenizer(tmp_path / "second").get_vocab() == {}
+    (tmp_path / "second" / "adapter_model.safetensors").unlink()  # must not be taken from the first
+    with pytest.raises(InputError, match="second has no adapter_model.safetensors"):
+        load_model(tmp_path / "second")
 
 
 @pytest.mark.parametrize("base, message", [

@@ -60,6 +60,13 @@ def test_severity_weights_are_the_papers():
         severity_weights(torch.rand(3, 2))
 
 
+def test_one_token():
+    """The shapes (V,) and () are a case of (..., V) and (...)."""
+    logits = torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(weighted_token_ce(logits, torch.tensor(1), torch.tensor(2.0)),
+                               -2 * logits.log_softmax(0)[1])
+
+
 def test_severity_weights_stay_fp32():
     """Under autocast, and of probabilities in 16 bits: 16 bits tell only some 200 weights below 1 apart."""
     p = torch.tensor([[0.2, 0.3, 0.5], [0.1234, 0.2345, 0.6421]])

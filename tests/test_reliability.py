@@ -395,7 +395,7 @@ def test_out_of_memory_is_one_line(capsys, error):
     with pytest.raises(SystemExit) as left:
         main()
     err = capsys.readouterr().err
-    assert left.value.code == 2 and err.startswith("error: out of memory: lower --micro-tokens")
+    assert left.value.code == 2 and err.startswith("error: out of memory: lower --batch-size")
     assert err.count("\n") == 1
 
 

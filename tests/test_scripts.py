@@ -777,6 +777,44 @@ def test_folds_refuse_a_model_that_has_seen_the_rows(classifier, table, tmp_path
     assert "was trained on these complaints" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
+def test_a_classifier_that_was_stopped_is_no_start(classifier, table, tmp_path, capsys):
+    """Nobody knows what it has seen. Nor is a run of another split rule: its test rows may be training rows."""
+    stopped = shutil.copytree(classifier, tmp_path / "stopped")
+    (stopped / "classifier.json").unlink()
+    arguments = ["--ckpt", stopped, "--data", table, "--folds", 2, "--out", tmp_path / "new"]
+    refusal(train_classifier, *arguments)
+    assert "was stopped before it was finished" in capsys.readouterr().err
+    other = shutil.copytree(classifier, tmp_path / "other")
+    run_json = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(run_json | {"split_rule": 1, "script": "finetune.py"}))
+    for script in (train_classifier, finetune):
+        refusal(script, "--ckpt", other, "--data", table, "--out", tmp_path / "new")
+        assert "was made with split rule 1" in capsys.readouterr().err
+
+
+def test_columns_of_a_table_that_is_trained_on_and_annotated(rows, write_table, tmp_path, capsys):
+    """--columns are those of --data, so of the same table as --annotate, too. Another table's columns are looked
+    at before the training."""
+    table = write_table("table.jsonl", [{"Text": row["Question"], "Label": row["Severity"]} for row in rows])
+    arguments = ["--data", table, "--columns", "complaint=Text", "severity=Label", "--epochs", 1]
+    call(train_classifier, *arguments, "--annotate", table, "--to", tmp_path / "new.jsonl", "--out", tmp_path / "run")
+    assert len(lines(tmp_path / "new.jsonl")) == len(rows)
+    other = write_table("other.jsonl", [{"Text": row["Question"], "n": 1} for row in rows])
+    capsys.readouterr()
+    refusal(train_classifier, *arguments, "--annotate", other, "--to", tmp_path / "b.jsonl", "--out", tmp_path / "b")
+    printed = capsys.readouterr()
+    assert "has no column for the complaint" in printed.err and "rows to train on" not in printed.out
+
+
+def test_a_class_without_rows_is_not_learnt(rows, write_table, tmp_path):
+    """--class-balanced gives it a huge weight, which must not act on what --label-smoothing adds."""
+    table = write_table("table.jsonl", [row for row in rows if row["Severity"] != "neutral"])
+    call(train_classifier, "--data", table, "--epochs", 2, "--class-balanced", "--label-smoothing", 0.1,
+         "--out", tmp_path / "run")
+    confusion = json.loads((tmp_path / "run" / "classifier.json").read_text())["scores"]["tiny"]["confusion"]
+    assert all(row[1] == 0 for row in confusion)
+
+
 def test_annotation_does_not_train_by_itself(table, tmp_path, capsys):
     """A run that was stopped, or a plain encoder, must not be replaced by a model of the embedded sample."""
     refusal(train_classifier, "--ckpt", tmp_path, "--annotate", table, "--to", tmp_path / "new.jsonl")

@@ -114,6 +114,21 @@ def test_jsonl_rows_may_lack_fields(tmp_path):
         (1, "a", "", {"n": "3", "extra": ""}), (3, "7", "", {"n": "", "extra": "[1]"})]
 
 
+def test_a_field_that_comes_late(tmp_path):
+    """The header of a .jsonl has the fields of all rows."""
+    lines = [*(f'{{"question": "سؤال {i}"}}' for i in range(1500)), '{"question": "س", "severity": "critical"}']
+    (tmp_path / "table.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert read(tmp_path / "table.jsonl", ("complaint",))[-1].severity == 2
+
+
+def test_rows_that_repeat_the_header(tmp_path, capsys):
+    """As where two files were put together; and a first column called PK is no zip file."""
+    (tmp_path / "table.csv").write_text("PK,question,answer\n1,س,ج\nPK,question,answer\n2,سؤال,جواب\n",
+                                        encoding="utf-8")
+    assert [pair.row for pair in read(tmp_path / "table.csv", ("complaint", "response"))] == [2, 4]
+    assert "left out 1 rows: 1 that repeat the header (row 3)" in capsys.readouterr().out
+
+
 BAD = {  # what is changed in a good row -> reason
     "without a response": {"Answer": ""},
     "without a complaint": {"Question": " \t"},

@@ -18,6 +18,7 @@ from sevloss.severity import CLASSES
 
 # Of the paper's table, and whether the severity is a label or the classifier's
 FIELDS = ("Question", "Answer", "Severity", "Non-Critical", "Neutral", "Critical", "Severity Source")
+PLAIN_FIELDS = {tables.plain(name) for name in FIELDS}
 CHUNK = 8192  # rows in memory at a time
 
 
@@ -39,6 +40,19 @@ def class_logits(model, id_lists, compute, *, max_tokens=8192, progress=None):
     return distributed.add_up(logits.cpu())  # the only wait for the device
 
 
+def read_run(run):
+    """(run.json, classifier.json). InputError where the folder holds no finished run of train_classifier.py,
+    or one of another version."""
+    run_json = checkpoint.read_run_json(run)
+    if run_json.get("script") != "train_classifier.py":
+        raise InputError(f"{run} is no run of train_classifier.py: name one, or train one first")
+    if not (Path(run) / "classifier.json").is_file():
+        raise InputError(f"{run} was stopped before it was finished: train it again")
+    result = hub.read_json(Path(run) / "classifier.json")
+    data.check_split_rule(result.get("split_rule"), run)
+    return run_json, result
+
+
 class Classifier:
     """A run of train_classifier.py, ready to give probabilities. InputError where the folder holds no
     finished run of this version."""
@@ -46,13 +60,7 @@ class Classifier:
     def __init__(self, run, compute):
         self.run = Path(run)
         self.compute = compute
-        run_json = hub.read_json(self.run / "run.json") if (self.run / "run.json").is_file() else {}
-        if run_json.get("script") != "train_classifier.py":
-            raise InputError(f"{run} is no run of train_classifier.py: name one, or train one first")
-        if not (self.run / "classifier.json").is_file():
-            raise InputError(f"{run} was stopped before it was finished: train it again")
-        result = hub.read_json(self.run / "classifier.json")
-        data.check_split_rule(result.get("split_rule"), run)
+        run_json, result = read_run(run)
         self.model = load_model(run, device=compute.device)
         self.tokenizer = load_tokenizer(run)
         with interpreting(f"run.json or classifier.json of {run}", "train it again"):
@@ -121,6 +129,7 @@ def annotate_table(classifier, table, to, columns):
         checkpoint.append(partial, "")
         if distributed.rank() == 0:
             os.truncate(partial, done["bytes"])
+        again = f"train_classifier.py --ckpt {classifier.run} --annotate {table} --to {to} goes on"
         stop.waits = True  # a signal is looked at between chunks
         with tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
             while chunk:
@@ -134,7 +143,7 @@ def annotate_table(classifier, table, to, columns):
                             labelled=sum(pair.severity is not None for pair in chunk))
                 checkpoint.write_json(journal, {"inputs": inputs, "done": done})
                 stop.leave_if(max(distributed.gather(stop.signal)),
-                              f"{done['rows']:,} rows are kept: the same command goes on")
+                              f"{done['rows']:,} rows are kept: {again}")
                 chunk = list(islice(pairs, CHUNK))
         stop.waits = False
         if distributed.rank() == 0:
@@ -173,7 +182,8 @@ def write_rows(file, ending, pairs, probabilities, *, header):
         values = (pair.complaint, pair.response, CLASSES[label], *(round(p, 6) for p in row), source)
         fields = dict(zip(FIELDS, values))
         for name, cell in pair.others.items():
-            fields[f"{name} (of the table)" if name in FIELDS else name] = cell
+            taken = tables.plain(name) in PLAIN_FIELDS  # in any spelling: readers know no other
+            fields[f"{name} (of the table)" if taken else name] = cell
         rows.append(fields)
     if ending == ".jsonl":
         file.writelines(json.dumps(fields, ensure_ascii=False) + "\n" for fields in rows)

@@ -1,5 +1,6 @@
 """The report of train_classifier.py: report.html with its pictures."""
 
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -58,7 +59,10 @@ def warnings(probabilities, labels):
         if counts[c].any() and not counts[c, c]:
             sentences.append(f"None of the {counts[c].sum()} {name} rows is predicted {name}.")
     means = class_means(severity_weights(probabilities, severity.WEIGHTINGS["balanced"]), labels)
-    if not means[2] > max(means[:2]):
+    others = [mean for mean in means[:2] if not math.isnan(mean)]
+    if math.isnan(means[2]) or not others:
+        sentences.append("The scored rows are all critical, or none is: the weights cannot be compared.")
+    elif means[2] <= max(others):
         weights = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(CLASSES, means))
         sentences.append(f"Critical rows do not get the largest weights (means, balanced: {weights}), so the "
                          "weighted loss would not do what it is for.")

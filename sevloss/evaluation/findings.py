@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sevloss import InputError, interpreting
+from sevloss import InputError, checkpoint, interpreting
 from sevloss.evaluation import compare, scores
-from sevloss.inputs import hub
 from sevloss.severity import class_name
 
 # Runs of one setting may differ in these; the fingerprint of the data stands for the last three.
@@ -51,6 +50,7 @@ class Answers:
     rows: list[Answer]  # in the table's order
     path: Path
     run: dict = field(default_factory=dict)
+    dtype: str = ""  # of matrix products
 
     @property
     def seed(self):
@@ -77,7 +77,7 @@ def read_answers(path):
                     and all(isinstance(number, (int, float)) for number in numbers) and len(numbers) == 5):
                 raise ValueError(f"row {row.row} has a value of another type")
         check_run(answers.run)
-        if not isinstance(answers.protocol, dict):
+        if not (isinstance(answers.protocol, dict) and isinstance(answers.dtype, str)):
             raise ValueError("its first line has a value of another type")
         return answers
 
@@ -114,19 +114,10 @@ def check_same(protocols):
                                  f"{what}: evaluate both in one call")
 
 
-def run_folder(name):
-    """The run that `name` is, or whose merged model it is; None for a plain checkpoint."""
-    folder = Path(name).resolve()
-    if folder.name == "merged" and not (folder / "run.json").is_file():
-        folder = folder.parent
-    return folder if (folder / "run.json").is_file() else None
-
-
 def read_run_json(name):
-    """run.json of the run that `name` is, or whose merged model it is; {} for a plain checkpoint."""
-    folder = run_folder(name)
-    run = hub.read_json(folder / "run.json") if folder else {}
-    with interpreting(f"{folder}/run.json", "name a run of finetune.py"):
+    """As checkpoint.read_run_json, with what is read here in the right types."""
+    run = checkpoint.read_run_json(name)
+    with interpreting(f"{name}/run.json", "name a run of finetune.py"):
         check_run(run)
     return run
 
@@ -273,6 +264,8 @@ def evaluate(answers, bertscores, notes, against=None):
 
     # Scores of settings
     settings = settings_of(answers)
+    if len(dtypes := {a.dtype for a in answers if a.dtype}) > 1:
+        notes.append(f"answers were made in different number formats: {', '.join(sorted(dtypes))}")
     means = {}
     for setting, score, group in product(settings, score_names, groups):
         values, weights = of_runs(setting.runs, score, group)

@@ -110,10 +110,11 @@ def _cached(repository, reason):
                           "connect once, or give a folder") from reason
 
 
-def find_file(ckpt, names) -> Path:
-    """The first of `names` that the checkpoint has, or its base. InputError where it has none, or a git-lfs
-    pointer."""
-    for path in [folder / name for folder in folders(ckpt) for name in names]:
+def find_file(ckpt, names, *, or_base=False) -> Path:
+    """The first of `names` that the checkpoint has, or, with or_base, its base. InputError where it has none,
+    or a git-lfs pointer."""
+    places = folders(ckpt) if or_base else folders(ckpt)[:1]
+    for path in [folder / name for folder in places for name in names]:
         if path.is_file():
             with open(path, "rb") as file:
                 if file.read(24) == b"version https://git-lfs.":

@@ -124,12 +124,10 @@ def _check_header(path, header):
 
 
 def _json_lines(path):
-    """A header of the names in the first rows, as a row may lack a field that others have; then the rows."""
-    rows = _json_rows(path)
-    head = list(islice(rows, 1000))
-    names = dict.fromkeys(chain.from_iterable(row for _, row in head))
+    """A header of all names, as a row may lack a field that others have; then the rows."""
+    names = dict.fromkeys(chain.from_iterable(row for _, row in _json_rows(path)))
     yield 0, names
-    for number, row in chain(head, rows):
+    for number, row in _json_rows(path):
         yield number, [row.get(name) for name in names]
 
 
@@ -169,7 +167,7 @@ def _open_text(path):
     """Decodes UTF-8 or UTF-16; InputError for other bytes."""
     with open(path, "rb") as file:
         head = file.read(4096)
-    if head.startswith((b"PK", b"\x1f\x8b")):
+    if head.startswith((b"PK\x03\x04", b"\x1f\x8b")):
         raise InputError(f"{path} is packed by zip or gzip: unpack it, or if it is a workbook, call it .xlsx")
     encoding = "utf-8-sig"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -342,8 +340,8 @@ def usable_pairs(path, *, needed, columns=None, probabilities="optional"):
     others = [name for name in header if name not in found.values() or name == found.get("specialty")]
     rows = (_make_pair(number, texts, header, found, others) for number, texts in lines)
 
-    # Where no column says whose it is, a severity that is the likeliest class in every row is a classifier's;
-    # in a handful of rows that may be chance
+    # Where no column says whose it is, a severity that is the likeliest class in the first 1,000 rows is a
+    # classifier's; in a handful of rows that may be chance
     head = list(islice(rows, 1000))
     likeliest = [pair.probabilities[pair.severity] == max(pair.probabilities) for pair, _ in head
                  if pair.severity is not None and pair.probabilities]
@@ -407,6 +405,8 @@ def _make_pair(number, texts, header, columns, others):
     probabilities, problem = _parse_probabilities([cells[role] for role in PROBABILITIES])
     if problem:
         problems |= dict.fromkeys(PROBABILITIES, problem)
+    if texts == [*header]:
+        problems = dict.fromkeys(columns, "that repeat the header")
     if any(texts[len(header):]):  # which shifts the others
         problems = dict.fromkeys(columns, "with more cells than the header")
     problems = {role: reason for role, reason in problems.items() if role in columns}

@@ -51,7 +51,7 @@ def from_vocabulary(ckpt, path) -> Tokenizer:
     if family == "bert":
         tokenizer = _wordpiece(path, config, special)
     else:
-        tokenizer = _byte_level_bpe(ckpt, path, config, family)
+        tokenizer = _byte_level_bpe(path, config, family)
     tokens = [added[i] for i in sorted(added)]
     for name, token in special.items():  # a default only where the vocabulary has it
         if name in config or tokenizer.token_to_id(token.content) is not None:
@@ -78,8 +78,9 @@ def _token(value, special=False):
     return AddedToken(**given, special=special or bool(value.get("special")))
 
 
-def _byte_level_bpe(ckpt, path, config, family):
-    tokenizer = Tokenizer(models.BPE.from_file(str(path), str(hub.find_file(ckpt, ("merges.txt",)))))
+def _byte_level_bpe(path, config, family):
+    merges = hub.find_file(path.parent, ("merges.txt",))
+    tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
     qwen = family.startswith("qwen")
     prefix_space = bool(config.get("add_prefix_space"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(prefix_space, use_regex=not qwen)

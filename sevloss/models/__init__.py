@@ -207,7 +207,7 @@ def load_tokenizer(ckpt) -> Tokenizer:
     Raises InputError where there is none, or one that gives ids which the checkpoint's embedding has no row
     for.
     """
-    path = hub.find_file(ckpt, hub.TOKENIZERS)
+    path = hub.find_file(ckpt, hub.TOKENIZERS, or_base=True)
     with interpreting(path, "get it again, or a newer version of the package `tokenizers`"):
         if path.name == "tokenizer.json":
             tokenizer = Tokenizer.from_file(str(path))

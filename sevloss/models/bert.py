@@ -154,6 +154,8 @@ class Bert(nn.Module):
                 tensor = stored.pop(name)()
                 if len(rows) == num_labels == len(tensor):
                     stored[name] = tensor[rows].detach
+                else:
+                    pooling = "first" if pooler else "mean"
         return {**raw, "num_labels": num_labels or 0, "pooler": pooler, "pooling": pooling}
 
     def forward(self, tokens, lengths):
