@@ -123,8 +123,10 @@ def test_rows(args, runs):
         known = tables_of_run(name, run, run["table"])
         known += tables_of_run(name, run, run["arguments"].get("data", ""))  # before it was annotated
         same_file = Path(table).resolve() in known
-        seen = args.split == "all" or run["arguments"].get("validation")  # then all of it was trained on
-        if seen and (same_file or run["data_fingerprint"] == str(Fingerprint(pairs))):
+        whole = args.split == "all" or run["arguments"].get("validation")  # then all of it was trained on
+        fingerprint = str(Fingerprint(pairs))
+        same = same_file or run["data_fingerprint"] == fingerprint
+        if whole and same or fingerprint in run.get("seen", ()):
             raise InputError(f"{name} was trained on {table}: that would score what it has seen; give "
                              "another table with --data, or leave --split all out")
     pairs = split_pairs(pairs)["test"] if args.split == "test" else pairs
@@ -162,10 +164,9 @@ def answer_rows(name, run, pairs, protocol, args, path):
     model, tokenizer = load_model(name), load_tokenizer(name)
     check_causal(model, name)
     compute = device.choose(args.device, args.dtype, small=sum(p.numel() for p in model.parameters()) < 10e6)
-    dtype = str(compute.dtype).removeprefix("torch.")
-    if stored and stored.dtype not in ("", dtype):
-        raise InputError(f"{path} was begun in {stored.dtype}, this would go on in {dtype}: choose --dtype, "
-                         "or remove it")
+    if stored and stored.dtype not in ("", compute.dtype_name):
+        raise InputError(f"{path} was begun in {stored.dtype}, this would go on in {compute.dtype_name}: "
+                         f"--dtype {stored.dtype} goes on")
     model.to(compute.device)
     print(f"{name}: {compute}; {len(done):,} of {len(pairs):,} rows were answered before")
 
@@ -199,7 +200,7 @@ def answer_rows(name, run, pairs, protocol, args, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.keep_lines(path)  # without one that a stop cut in half
     if not stored:
-        head = {"name": name, "run": run, "protocol": protocol, "dtype": dtype}
+        head = {"name": name, "run": run, "protocol": protocol, "dtype": compute.dtype_name}
         checkpoint.append(path, json.dumps(head, ensure_ascii=False) + "\n")
     bar = tqdm(total=len(pairs), initial=len(done), unit="row", desc=name, mininterval=1)
     with bar, compute.autocast():

@@ -303,7 +303,7 @@ def finish(run, args, tokenizer, progress, compute):
         raise InputError(f"fp16 skipped all {progress['step']} steps, nothing was learned: start anew with "
                          "--dtype fp32")
     print(f"best NLL {progress['best']:.4f}, at step {progress['best_step']}; {compute.peak_memory()}")
-    if args.merge:
+    if args.merge or (run / "merged").is_dir():  # one that an earlier call wrote would be of another step
         distributed.wait_for_all()  # until rank 0 has written the best model
         save_model(load_model(run), tokenizer, run / "merged")
         print(f"wrote {run}/merged")
@@ -353,12 +353,21 @@ def train(args, run):
     steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
     save_every = args.save_every or steps_per_epoch
 
+    # ---- what the run is known by: its model, and the tables that were trained on whole, here or before
+    seen = set(checkpoint.read_run_json(args.ckpt).get("seen", ()))
+    if args.validation:
+        seen.add(encoded.fingerprint)
+    model_fingerprint = ""
+    if args.ckpt != "tiny":
+        weights_digest = checkpoint.weights_digest(args.ckpt)
+        model_fingerprint = data.digest(weights_digest, tokenizer.to_str(), model.raw_config)
+
     # ---- resume, or begin; `record` goes into run.json, beside the arguments
     record = dict(coefficients=coefficients, preprocess=preprocess, prompt=data.PROMPT, compute=str(compute),
                   table=str(table), called_in=str(Path().resolve()), columns=read_options["columns"],
                   steps=steps, data_fingerprint=encoded.fingerprint,
                   validation_fingerprint=encoded.validation_fingerprint,
-                  model_fingerprint="" if args.ckpt == "tiny" else checkpoint.weights_digest(args.ckpt))
+                  seen=sorted(seen), model_fingerprint=model_fingerprint)
     progress = resume_or_begin(run, args, record, model, tokenizer, optimizer, scaler)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", mininterval=1)
 

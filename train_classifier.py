@@ -188,7 +188,7 @@ def fit(args, compute, train, validation, seed, *, name, log=None):
                 nll = F.cross_entropy(logits.float(), shares, reduction="none",
                                       label_smoothing=args.label_smoothing)  # (B,)
                 if class_weights is not None:  # of the rows: cross_entropy's would weigh what smoothing adds
-                    nll = nll * (shares @ class_weights)
+                    nll = nll * (shares * class_weights).sum(-1)
                 loss = nll.sum() / len(indices)
             if not own:
                 loss = 0 * loss

@@ -22,15 +22,15 @@ from sevloss.models import from_scratch, load_model, save_model
 from sevloss.models.tiny import tiny_bert
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode autocast would cast the weights anew for every batch
 def padded_logits(model, id_lists, compute, batch_size):
     logits = []
-    for start in range(0, len(id_lists), batch_size):
-        batch = id_lists[start:start + batch_size]
-        longest = max(map(len, batch))
-        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch])
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch])
-        with compute.autocast():
+    with compute.autocast():
+        for start in range(0, len(id_lists), batch_size):
+            batch = id_lists[start:start + batch_size]
+            longest = max(map(len, batch))
+            tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch])
+            mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch])
             logits.append(model(input_ids=tokens, attention_mask=mask).logits.float())
     return torch.cat(logits)
 

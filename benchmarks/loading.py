@@ -57,17 +57,18 @@ def load(package, folder, dtype):
 
     def read(folder):
         model = load_function(folder, dtype=DTYPES[dtype])
-        sum(p.sum() for p in model.parameters())  # a mapped file costs nothing until it is read
-        return model
+        # a mapped file costs nothing until it is read
+        return model, sum(p.double().abs().sum().item() for p in model.parameters())
 
     read(ROOT / "tests" / "golden" / "gpt2")  # imports whatever is imported late
     before = memory()
     reset_peak()
     began = time.perf_counter()
-    model = read(folder)
+    model, total = read(folder)
     seconds = time.perf_counter() - began
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(json.dumps({"before": before, "peak": memory()["VmHWM"], "seconds": seconds, "parameters": size}))
+    print(json.dumps({"before": before, "peak": memory()["VmHWM"], "seconds": seconds, "parameters": size,
+                      "sum": total}))
 
 
 def measure(package, folder, dtype):
@@ -87,7 +88,7 @@ def measure(package, folder, dtype):
     return {"peak": (result["peak"] - before["VmRSS"]) / size,
             "private": (private - before["RssAnon"]) / size,
             "mapped": (mapped - before["RssFile"]) / size,
-            "seconds": result["seconds"]}
+            "seconds": result["seconds"], "sum": result["sum"]}
 
 
 def main():
@@ -114,6 +115,8 @@ def main():
                 write(Path(folder), config, tensors, kind)
                 ours = measure("sevloss", folder, args.dtype)
                 theirs = measure("transformers", folder, args.dtype)
+            if abs(ours["sum"] - theirs["sum"]) > 1e-9 * theirs["sum"]:
+                sys.exit(f"{stored} {kind}: the parameters differ")
             for package, cost in (("sevloss", ours), ("transformers", theirs)):
                 print(f"{stored + ' ' + kind:22} {package:13} {cost['peak']:5.2f} {cost['private']:8.2f} "
                       f"{cost['mapped']:7.2f} {cost['seconds']:8.1f}")

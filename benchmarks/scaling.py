@@ -37,7 +37,7 @@ def microseconds_a_token(side, examples, repeat):
     indices = np.arange(len(examples))
     seconds = []
     for _ in range(repeat + 1):
-        _, parts = side.step(examples, np.ones(len(examples)), indices)
+        _, _, parts = side.step(examples, np.ones(len(examples)), indices)
         seconds.append(parts.total() - parts["optimizer"])
     return 1e6 * statistics.median(seconds[1:]) / examples.input_lengths.sum()  # the first warms up
 

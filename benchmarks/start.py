@@ -44,7 +44,7 @@ torch.optim.AdamW.step = first_step
 finetune.main()
 """
 PEER = """
-import json, sys, pandas, torch
+import json, os, sys, pandas, torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 table, folder, compared = sys.argv[1:]
@@ -66,7 +66,9 @@ def padded(name, value):
     return torch.nn.utils.rnn.pad_sequence(batch, True, value)
 model(input_ids=padded("input_ids", eos), labels=padded("labels", -100)).loss.backward()
 optimizer.step()
-json.dump(rows[:int(compared)]["input_ids"], open("peer.json", "w"))
+with open("peer.json", "w") as file:
+    json.dump(rows[:int(compared)]["input_ids"], file)
+os._exit(0)
 """
 
 
@@ -113,8 +115,10 @@ def descendants(pid):
 
 
 def resident_bytes(pid):
+    """A page that several processes share counts as its share in each (PSS)."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        return 1024 * int(rollup.partition("\nPss:")[2].split()[0])
     except (OSError, IndexError):  # it has just ended
         return 0
 

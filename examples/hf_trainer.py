@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python examples/hf_trainer.py [CHECKPOINT] [--fused]
 
-CHECKPOINT: a name on the hub, a folder, or a run of finetune.py. --fused: a batch's logits are never held.
-To paste it elsewhere, copy sevloss/loss.py beside it and import from `loss`. Needs accelerate and
-transformers 5.19 or newer.
+CHECKPOINT: a name on the hub, a folder, or a run of finetune.py (with --lora: its merged/). --fused: a
+batch's logits are never held. To paste it elsewhere, copy sevloss/loss.py beside it and import from `loss`.
+Needs accelerate and transformers 5.19 or newer.
 """
 
 import argparse
@@ -81,14 +81,16 @@ def collate(rows):
 
 
 def read(path, tokenizer, max_length=512):
+    start = [i for i in tokenizer("ا").input_ids[:1] if i == tokenizer.bos_token_id]  # where it puts a BOS
     rows = []
     for row in map(json.loads, open(path, encoding="utf-8")):
-        prompt = tokenizer(f"\n{row['Question']}\n\nالاجابة:\n", add_special_tokens=False).input_ids
+        prompt = start + tokenizer(f"\n{row['Question']}\n\nالاجابة:\n", add_special_tokens=False).input_ids
         answer = tokenizer(row["Answer"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         ids = prompt + answer
         labels = [-100] * len(prompt) + answer
         weight = severity_weights([row[name] for name in ("Non-Critical", "Neutral", "Critical")]).item()
-        rows.append({"input_ids": ids[:max_length], "labels": labels[:max_length], "weight": weight})
+        if len(prompt) < max_length:  # else nothing is left to learn, but it would count as an example
+            rows.append({"input_ids": ids[:max_length], "labels": labels[:max_length], "weight": weight})
     return rows
 
 
@@ -98,7 +100,7 @@ def main(ckpt="aubmindlab/aragpt2-base", out="runs/hf_trainer", max_steps=-1, tr
         out, per_device_train_batch_size=2, gradient_accumulation_steps=8, learning_rate=5e-5,
         num_train_epochs=3, max_steps=max_steps, report_to="none",
         remove_unused_columns=False)  # else `weight` is dropped before the collator sees it
-    model = AutoModelForCausalLM.from_pretrained(ckpt)
+    model = AutoModelForCausalLM.from_pretrained(ckpt, dtype=torch.float32)  # 16 bits lose small updates
     trainer = trainer_class(model, args, collate, train_dataset=rows[24:], eval_dataset=rows[:24])
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]

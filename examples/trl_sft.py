@@ -2,8 +2,10 @@
 
     PYTHONPATH=. python examples/trl_sft.py [CHECKPOINT]
 
-CHECKPOINT: a name on the hub, a folder, or a run of finetune.py.
-To paste it elsewhere, copy sevloss/loss.py beside it and import from `loss`. Made for trl 1.16.
+CHECKPOINT: a name on the hub, a folder, or a run of finetune.py (with --lora: its merged/). A row whose
+prompt alone fills max_length has nothing to learn, but counts as an example: leave such rows out. To paste it
+elsewhere, copy sevloss/loss.py beside it and import from `loss`. Made for trl 1.16 and transformers 5.19 or
+newer.
 """
 
 import json

@@ -11,6 +11,7 @@ import os
 import platform
 import secrets
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,10 @@ from sevloss import (
 from sevloss.data import SPLIT_RULE, check_split_rule, digest
 from sevloss.inputs import hub
 
-# The number of steps may grow; --lr may change where the numbers had left their range
+# The number of steps may grow, --lr may change where the numbers had left their range, and tables may lie
+# elsewhere: their fingerprints must be the same
 FREE_ON_RESUME = ("resume", "out", "save_every", "device", "dtype", "micro_tokens", "gradient_checkpointing",
-                  "compile", "deterministic", "merge", "epochs", "max_steps")
+                  "compile", "deterministic", "merge", "epochs", "max_steps", "data", "validation")
 BEGUN = {".lock", "run.json", "metrics.jsonl", "state"}  # what a start leaves that was stopped before a save
 CHECKSUM = 32  # bytes of SHA-256
 
@@ -152,9 +154,11 @@ def write_run_json(run, script, arguments, **results):
 
 
 def weights_digest(ckpt):
-    """Of the size of a checkpoint's weights and of some 4,096 bytes of them: changes with every training."""
+    """Of the size of a checkpoint's weights, those of its base too, and of some 4,096 bytes of each file:
+    changes with every training."""
     parts = []
-    for path in hub.weight_files(ckpt, (*hub.ADAPTERS, *hub.WEIGHTS)):
+    for path in chain.from_iterable(hub.weight_files(folder, (*hub.ADAPTERS, *hub.WEIGHTS))
+                                    for folder in hub.folders(ckpt)):
         with interpreting(path, "get it again"):  # it may be empty
             content = np.memmap(path, mode="r")
         parts.append((len(content), content[::len(content) // 4096 + 1].tobytes()))

@@ -42,10 +42,13 @@ class Compute:
             peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return f"peak memory {peak / 2 ** 30:.2f} GiB"
 
+    @property
+    def dtype_name(self):
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
     def __str__(self):
-        name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         tf32 = "; products that stay fp32 run in TF32" if self.device.type == "cuda" else ""
-        return f"device {self.device}, {name}: {self.reason}{tf32}"
+        return f"device {self.device}, {self.dtype_name}: {self.reason}{tf32}"
 
 
 def cpu_has_bf16():

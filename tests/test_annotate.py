@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from conftest import write_workbook
 
 from sevloss import InputError, checkpoint, data, device
 from sevloss.classifier import annotate
@@ -173,6 +174,25 @@ def test_interrupted_annotation_goes_on(classifier, table, tmp_path, monkeypatch
     assert sum(scored) == 49 - 11 * chunks  # what was done is not done again
     out = capsys.readouterr().out
     assert ("going on after row 22" in out) == (chunks > 0) and "49 rows" in out and "left out 1 rows" in out
+
+
+def test_a_stop_names_the_command_that_goes_on(classifier, write_table, tmp_path, monkeypatch, capsys):
+    """With the columns and the number format, or it would begin anew."""
+    table = write_table("posts.csv", [{"Post": f"صداع {i}", "my reply": "راحة"} for i in range(9)])
+    monkeypatch.setattr(annotate, "CHUNK", 4)
+    monkeypatch.setattr(checkpoint, "append", lambda *_, append=checkpoint.append, **options: (
+        append(*_, **options), setattr(annotate.stop, "signal", 15)))
+    with pytest.raises(KeyboardInterrupt, match="--columns complaint=Post 'response=my reply' goes on"):
+        annotate.annotate_table(classifier, table, tmp_path / "to.csv", {"complaint": "Post", "response": "my reply"})
+    annotate.stop.signal = 0
+
+
+def test_annotation_for_training_reads_what_training_reads(classifier, run, tmp_path):
+    """The same sheet, and rows with both texts alone: the control trains on the table itself."""
+    write_workbook(tmp_path / "book.xlsx", ("posts", "visible", [["Question", "Severity"], ["صداع", "critical"]], []),
+                   ("pairs", "visible", [["Question", "Answer"], ["دوخة", "راحة"], ["أرق", ""]], []))
+    path = annotate.annotated(run, tmp_path / "book.xlsx", {}, CPU)
+    assert [row["Question"] for row in read(path)] == ["دوخة"]
 
 
 def test_another_table_starts_afresh(classifier, table, tmp_path, write_table, rows, monkeypatch):

@@ -187,7 +187,7 @@ def test_verdicts_of_the_experiment(load, tmp_path):
     """An effect that is there in every seed is found, with its size; one that is not is not; the contrast is
     the mean of critical rows minus that of non-critical ones."""
     experiment = load("experiment")
-    (tmp_path / "rows.tsv").write_text("row\tclass\n1\tnon-critical\n2\tneutral\n3\tpredicted critical\n")
+    (tmp_path / "rows.tsv").write_text("row\tclass\n1\tnon-critical\n2\tneutral\n3\tcritical\n")
     generator = np.random.default_rng(0)
     for seed in range(6):
         for k, setting in ((0, "none"), (0.5, "balanced-labels"), (0.75, "strong-labels"),

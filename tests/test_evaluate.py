@@ -439,14 +439,14 @@ def test_answers_of_another_number_format(answered, start, tmp_path, capsys):
     """A file of answers is of one; that two differ is said."""
     path = answers_of(answered)
     head, *records = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    other = json.dumps(json.loads(head) | {"dtype": "bfloat16"}) + "\n"
+    other = json.dumps(json.loads(head) | {"dtype": "bf16"}) + "\n"
     path.write_text(other + "".join(records[:4]), encoding="utf-8")
     refusal(evaluate, answered, *SHORT)
-    assert "was begun in bfloat16, this would go on in float32" in capsys.readouterr().err
+    assert "was begun in bf16, this would go on in fp32: --dtype bf16 goes on" in capsys.readouterr().err
     path.write_text(head + "".join(records), encoding="utf-8")
     (tmp_path / "other.jsonl").write_text(other + "".join(records), encoding="utf-8")
     notes = start(path, tmp_path / "other.jsonl")["notes"]
-    assert "answers were made in different number formats: bfloat16, float32" in notes
+    assert "answers were made in different number formats: bf16, fp32" in notes
 
 
 def test_the_control_in_another_spelling(answered, start, monkeypatch):

@@ -199,7 +199,7 @@ def test_verdicts_are_on_two_endpoints_alone():
         assert verdict["seeds"] == [0, 1, 2]
     assert nll["finding"] == "is better than" and contrast["finding"] == "is not distinguishable from"
     assert nll["sentence"].startswith(f"mild is better than none in NLL: {expected[0].value:+.2f} [")
-    assert f"A difference of {nll['detectable']:.2g} would be found in 80% of such cases." in nll["sentence"]
+    assert f"A difference of {nll['detectable']:.2g} would be found in 60 to 80% of such cases." in nll["sentence"]
     assert {entry["p"] for entry in result["differences"]} == {None}
     assert result["summary"] == [
         "How well the model foresees what doctors wrote: mild is better than none.",

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
-from sevloss import InputError
+from sevloss import InputError, data
 from sevloss.models import load_model, load_tokenizer, lora, save_model
 
 
@@ -188,6 +188,19 @@ def test_targets_as_in_peft(golden, from_peft, tmp_path):
                    {"target_modules": ".*", "exclude_modules": rf".*\.({'|'.join(others)})"}):
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         assert torch.equal(load_model(folder)(torch.arange(9), [9]), plain), change
+
+
+def test_the_head_gets_no_adapters(golden):
+    """The loss reads its weight."""
+    with pytest.raises(InputError, match="no linear layers called 'lm_head'"):
+        lora.attach(load_model(golden / "llama"), 2, alpha=4.0, targets=["lm_head"])
+
+
+def test_adapters_of_peft_on_a_model_that_wants_preprocessing(from_peft, golden, tmp_path):
+    """Their base says how texts are prepared, as when it is used itself."""
+    base = shutil.copytree(golden / "gpt2", tmp_path / "aragpt2-base")
+    folder = from_peft("gpt2", base_model_name_or_path=str(base))
+    assert data.choose_preprocess("auto", folder, load_model(folder).raw_config) == "arabert"
 
 
 @torch.no_grad()

@@ -118,6 +118,10 @@ def test_validation_table_of_ones_own(folder, table, rows, capfd):
         refusal(evaluate, out, "--max-new-tokens", 0, *arguments)
         message = capfd.readouterr().err
         assert "was trained on" in message and "--data" in message and message.count("\n") == 1
+    # nor is it one for a run that goes on from this one
+    call(finetune, "--ckpt", out, "--data", table, "--out", folder / "heir", "--max-steps", 1)
+    refusal(evaluate, folder / "heir", "--max-new-tokens", 0)
+    assert "was trained on" in capfd.readouterr().err
     test = write("test.jsonl", new)
     call(evaluate, out, "--data", test, "--split", "all", "--max-new-tokens", 0)
     assert "5 rows are evaluated" in capfd.readouterr().out
@@ -494,7 +498,7 @@ def test_resume_is_refused_where_it_would_not_be_the_same_run(folder, table, bas
         assert last.startswith("error: ") and last.count("\n") == 1 and message in last
     refused("changed: --lr was 0.002, is 0.01", "--lr", 0.01)
     refused("changed: --weighting was balanced, is mild", "--weighting", "mild")
-    refused("changed: --data was", "--data", write_table("copy.jsonl", rows))
+    refused("the data of", "--data", write_table("other.jsonl", rows[:-1]))
     refused("cannot be used (ValueError: its checksum is another); start a new run from its model",
             change=lambda: (run / "state" / "training.pt").write_bytes(b"half a file"))
     refused("holds no state to go on with", change=lambda: shutil.rmtree(run / "state"))
@@ -609,6 +613,33 @@ def test_lora(whole, table, folder, monkeypatch):
     assert adapters[0] == adapters[1]
     call(evaluate, folder / "lora", "--data", table, "--max-new-tokens", 3, "--dtype", "fp32", "--bertscore",
          "none")
+
+
+def test_resuming_notices_a_changed_model(whole, table, tmp_path, monkeypatch, capsys):
+    """Its tokenizer and configuration as well as its weights, and the base of adapters. The same table may lie
+    elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    ckpt = shutil.copytree(whole, tmp_path / "ckpt")
+    arguments = ["--ckpt", ckpt, "--out", "run", "--dtype", "fp32", "--lora", 2]
+    call(finetune, *arguments, "--data", table, "--max-steps", 1, "--merge")
+    merged = (tmp_path / "run" / "merged" / "model.safetensors").read_bytes()
+    table = shutil.copy(table, tmp_path / "copy.jsonl")
+    arguments += ["--data", table, "--resume"]
+    call(finetune, *arguments, "--max-steps", 2)
+    assert (tmp_path / "run" / "merged" / "model.safetensors").read_bytes() != merged  # without --merge, too
+    before = checkpoint.weights_digest("run")
+    for name, old, new in (("config.json", '"resid_pdrop": 0.0', '"resid_pdrop": 0.5'),
+                           ("tokenizer.json", '"add_prefix_space": true', '"add_prefix_space": false'),
+                           ("model.safetensors", None, None)):
+        content = (ckpt / name).read_bytes()
+        changed = content.replace(old.encode(), new.encode()) if old else content[:-4000] + bytes(4000)
+        assert changed != content
+        (ckpt / name).write_bytes(changed)
+        refusal(finetune, *arguments, "--max-steps", 3)
+        assert "the model of run has changed" in capsys.readouterr().err
+        if name == "model.safetensors":
+            assert checkpoint.weights_digest("run") != before
+        (ckpt / name).write_bytes(content)
 
 
 def test_a_finished_run_is_merged_later(whole, table, folder, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -96,24 +97,25 @@ def check_target(to):
         raise InputError(f"--to {to} exists: remove it or give another name")
 
 
-def annotate_table(classifier, table, to, columns):
+def annotate_table(classifier, table, to, columns, needed=("complaint",)):
     """Writes the table with FIELDS, then its other columns, to a .jsonl, .csv or .tsv file.
 
     Severity is the likeliest class; a label that the row came with stays, and Severity Source says which.
-    Rows stay in their order; those without a complaint are left out. Until it is complete the file is called
-    `to`.partial; the same call goes on after its last chunk, so memory and what a stop can lose are bounded
-    by CHUNK rows.
+    Rows stay in their order; those that lack what is `needed` are left out. Until it is complete the file is
+    called `to`.partial; the same call goes on after its last chunk, so memory and what a stop can lose are
+    bounded by CHUNK rows.
     """
     to = Path(to)
     with lock(f"{to}.lock"):
         check_target(to)
-        total = sum(1 for _ in tables.read_rows(table, ("complaint",), columns)[2])
+        total = sum(1 for _ in tables.read_rows(table, needed, columns)[2])
 
         # How far a call before this one came
         partial = Path(f"{to}.partial")
         journal = Path(f"{to}.partial.json")
         inputs = {"table": data.file_fingerprint(table), "columns": columns,
-                  "classifier": data.file_fingerprint(classifier.run / "classifier.json")}
+                  "classifier": data.file_fingerprint(classifier.run / "classifier.json"),
+                  "needed": [*needed], "dtype": classifier.compute.dtype_name}
         done = Counter()  # rows, bytes, and how many complaints were cut, seen in training, labelled
         before = hub.read_json(journal) if journal.exists() and partial.exists() else {}
         if before.get("inputs") == inputs:
@@ -123,13 +125,16 @@ def annotate_table(classifier, table, to, columns):
         done = distributed.gather(done)[0]
 
         # The next rows; a table that cannot be used is refused before anything is written
-        pairs = islice(tables.usable_pairs(table, needed=("complaint",), columns=columns), done["rows"], None)
+        pairs = islice(tables.usable_pairs(table, needed=needed, columns=columns), done["rows"], None)
         chunk = list(islice(pairs, CHUNK))
 
         checkpoint.append(partial, "")
         if distributed.rank() == 0:
             os.truncate(partial, done["bytes"])
-        again = f"train_classifier.py --ckpt {classifier.run} --annotate {table} --to {to} goes on"
+        words = ["--ckpt", classifier.run, "--annotate", table, "--to", to, "--dtype", inputs["dtype"]]
+        if columns:
+            words += ["--columns", *(f"{role}={name}" for role, name in columns.items())]
+        again = f"train_classifier.py {shlex.join(map(str, words))} goes on"
         stop.waits = True  # a signal is looked at between chunks
         with tqdm(total=total, initial=done["rows"], unit="row", desc="severity", mininterval=1) as bar:
             while chunk:
@@ -169,7 +174,7 @@ def annotated(classifier_run, table, columns, compute):
     if to.exists():
         print(f"severity of {table} is known: {to}")
     else:
-        annotate_table(classifier, table, to, columns)
+        annotate_table(classifier, table, to, columns, needed=("complaint", "response"))
     return to
 
 

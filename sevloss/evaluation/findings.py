@@ -204,7 +204,7 @@ class Verdict:
     seeds: list  # in common
     difference: compare.Estimate  # setting minus control
     p_holm: float = math.nan  # corrected for all that is tested in this call
-    detectable: float = math.nan  # the difference that 80% of such comparisons would find
+    detectable: float = math.nan  # the difference that 60 to 80% of such comparisons would find
     finding: str = "no verdict"
     sentence: str = ""
 
@@ -365,8 +365,8 @@ def sentence_of(v):
         return f"{differ}; {rows} are too few for a verdict."
     chance = "p < 0.001" if v.p_holm < 0.001 else f"p = {v.p_holm:.3f}"
     return (f"{v.setting} {v.finding} {v.control} in {what}: {with_interval(v.difference)}, {chance}, over "
-            f"{len(v.seeds)} seeds and {rows}. A difference of {v.detectable:.2g} would be found in 80% of "
-            "such cases.")
+            f"{len(v.seeds)} seeds and {rows}. A difference of {v.detectable:.2g} would be found in 60 to "
+            "80% of such cases.")
 
 
 def summarise(verdicts, control):

@@ -427,6 +427,6 @@ def _parse_probabilities(cells):
         return None, "with a probability that is no number like 0.7 (without %)"
     total = sum(values)
     # Three values rounded to two decimals may miss 1 by 0.015; NaN fails too
-    if not (min(values) >= 0 and abs(total - 1) <= 0.02):
+    if not (min(values) >= 0 and abs(total - 1) < 0.0201):
         return None, "with probabilities that are negative or do not sum to 1"
     return tuple(p / total for p in values), None

@@ -34,6 +34,8 @@ def load_model(ckpt, *, dtype=torch.float32, device="cpu", num_labels=None):
     *adapters, base = hub.folders(ckpt)
     if adapters:
         model = load_model(base, dtype=dtype, device=device, num_labels=num_labels)
+        config = hub.read_json(adapters[-1] / "adapter_config.json")
+        model.raw_config["_name_or_path"] = config["base_model_name_or_path"]  # tells how texts are prepared
         for folder in reversed(adapters):
             lora.attach_stored(model, folder)
             weights = lora.weights(model)

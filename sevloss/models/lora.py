@@ -65,7 +65,8 @@ def attach(model, r, *, alpha, dropout=0.0, targets=None, excluded=()):
     (default: the family's) and in none of `excluded`. Like peft, takes a string in place of a list for a
     regular expression of whole names."""
     targets = targets or list(model.lora_targets)
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    linear = [name for name, module in model.named_modules()
+              if isinstance(module, (nn.Linear, Conv1D)) and name != "lm_head"]  # whose weight the loss reads
     chosen = set()
     for target, pattern in _patterns(targets).items():
         matching = {name for name in linear if re.fullmatch(pattern, name)}
