@@ -119,12 +119,12 @@ def test_rows(args, runs):
             raise InputError(f"{name} was trained on {run['table']}, which is not here: give --data TABLE")
         columns = run.get("columns", {}) | columns
     pairs = tables.read_pairs(table, needed=("complaint", "response"), columns=columns)
+    fingerprint = str(Fingerprint(pairs))
     for name, run in trained.items():
         known = tables_of_run(name, run, run["table"])
         known += tables_of_run(name, run, run["arguments"].get("data", ""))  # before it was annotated
         same_file = Path(table).resolve() in known
         whole = args.split == "all" or run["arguments"].get("validation")  # then all of it was trained on
-        fingerprint = str(Fingerprint(pairs))
         same = same_file or run["data_fingerprint"] == fingerprint
         if whole and same or fingerprint in run.get("seen", ()):
             raise InputError(f"{name} was trained on {table}: that would score what it has seen; give "

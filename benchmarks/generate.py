@@ -21,6 +21,7 @@ from turns import (
     SHAPES,
     add_device_arguments,
     add_size_arguments,
+    enlarged,
     machine,
     need,
     parse,
@@ -80,11 +81,7 @@ def main():
 
     torch.manual_seed(0)
     config = CONFIGS[args.model](**size_of(args))
-    model = from_scratch(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter *= 4  # or a random model says one token for ever
+    model = enlarged(from_scratch(config))  # or a random model says one token for ever
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Tokenizer(models.BPE()), folder)
         ours = load_model(folder, dtype=DTYPES[args.dtype], device=args.device)

@@ -58,10 +58,7 @@ def make_checkpoint(args, folder):
     _, tokenizer = tiny_gpt2(texts, vocab_size=min(64_000, config["vocab_size"]))
     config["eos_token_id"] = tokenizer.token_to_id("<|endoftext|>")
     torch.manual_seed(0)
-    model = from_scratch(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data *= 4  # or the loss is nearly the same for all texts, and wrong ones would pass
+    model = turns.enlarged(from_scratch(config))  # or the loss is nearly that of any other text
     save_model(model.to(parameter_dtype(args)), tokenizer, folder)
 
 
@@ -142,8 +139,10 @@ class Peer:
         self.model = model.to(args.device).train()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
-        # not device.choose, which would tune the allocator
-        self.compute = device.Compute(args.device, device.DTYPES[args.dtype], "as asked")
+        if args.device.type == "cuda":
+            self.compute = device.choose(args.device, args.dtype)  # TF32, as on the other side
+        else:  # device.choose would tune the allocator
+            self.compute = device.Compute(args.device, device.DTYPES[args.dtype], "as asked")
         self.scaler = self.compute.grad_scaler()
         self.pad_to = args.pad_to
 

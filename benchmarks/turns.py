@@ -91,6 +91,15 @@ SHAPES = {"gpt2": "GPT-2 base shape", "qwen": "Qwen2.5-0.5B shape"}
 
 # ------------------------------------------------------------------ time and memory
 
+def enlarged(model):
+    """The model with its matrices times 4: from random weights, all texts would be nearly alike to it."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter *= 4
+    return model
+
+
 def take_turns(sides, repeat, device=CPU):
     """Calls each side once untimed, then all of them in turn, `repeat` times.
 

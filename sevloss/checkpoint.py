@@ -11,7 +11,6 @@ import os
 import platform
 import secrets
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -157,11 +156,11 @@ def weights_digest(ckpt):
     """Of the size of a checkpoint's weights, those of its base too, and of some 4,096 bytes of each file:
     changes with every training."""
     parts = []
-    for path in chain.from_iterable(hub.weight_files(folder, (*hub.ADAPTERS, *hub.WEIGHTS))
-                                    for folder in hub.folders(ckpt)):
-        with interpreting(path, "get it again"):  # it may be empty
-            content = np.memmap(path, mode="r")
-        parts.append((len(content), content[::len(content) // 4096 + 1].tobytes()))
+    for folder in hub.folders(ckpt):
+        for path in hub.weight_files(folder, (*hub.ADAPTERS, *hub.WEIGHTS)):
+            with interpreting(path, "get it again"):  # it may be empty
+                content = np.memmap(path, mode="r")
+            parts.append((len(content), content[::len(content) // 4096 + 1].tobytes()))
     return digest(parts)
 
 

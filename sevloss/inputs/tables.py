@@ -405,7 +405,7 @@ def _make_pair(number, texts, header, columns, others):
     probabilities, problem = _parse_probabilities([cells[role] for role in PROBABILITIES])
     if problem:
         problems |= dict.fromkeys(PROBABILITIES, problem)
-    if texts == [*header]:
+    if texts == header:
         problems = dict.fromkeys(columns, "that repeat the header")
     if any(texts[len(header):]):  # which shifts the others
         problems = dict.fromkeys(columns, "with more cells than the header")
